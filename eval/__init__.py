@@ -1,0 +1,1 @@
+"""Programs and functions that judge a checkpoint; may import ``pipeline`` and ``model``."""

@@ -1,0 +1,167 @@
+"""A checkpoint is a folder that is complete or not there, and nothing in it is ever unpickled.
+
+``step-000012000/`` holds tensors as safetensors, everything else as ``state.json``, and
+``manifest.json`` with the size and SHA-256 of each file. It is written under a temporary name,
+fsynced and renamed. Older ones go only after the new one stands; at least two are kept, so that a
+damaged newest one costs one interval and not the run.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CHECKPOINT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+FOLDER_PATTERN = re.compile(r"step-(\d{9})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds: groups of tensors by name, and plain values."""
+
+    folder: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int = 3
+) -> Path:
+    """Write ``run/step-NNNNNNNNN`` and remove the oldest beyond ``keep`` (at least 2).
+
+    Args:
+        run: folder of the run.
+        step: steps done.
+        tensors: for each file name (without ending) its tensors by name.
+        state: plain values, written as JSON.
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: if it cannot be written; older checkpoints are untouched and no part is left.
+    """
+    final = run / f"step-{step:09d}"
+    part = run / f".step-{step:09d}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for group, named in tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(plain, part / f"{group}.safetensors")
+        write_json(part / STATE_NAME, {**state, "step": step, "version": CHECKPOINT_VERSION})
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(part.iterdir())
+        }
+        write_json(part / MANIFEST_NAME, {"version": CHECKPOINT_VERSION, "files": files})
+        for path in [*part.iterdir(), part]:
+            _fsync(path)
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(final)
+        part.replace(final)
+        _fsync(run)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for _, old in checkpoint_folders(run)[: -max(keep, 2)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
+    """``(step, folder)`` of every finished checkpoint of a run, the oldest first."""
+    if not run.is_dir():
+        return []
+    found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, after every file in it was compared with its manifest.
+
+    Raises:
+        CheckpointError: if it is none, is damaged, or was written by another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        files = manifest["files"]
+        if manifest["version"] != CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{folder} has checkpoint version {manifest['version']}, this program reads "
+                f"{CHECKPOINT_VERSION}"
+            )
+        for name, entry in files.items():
+            if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
+                raise CheckpointError(f"{folder} lists {name!r}, which no checkpoint of ours has")
+            if file_sha256(folder / name) != entry["sha256"]:
+                raise CheckpointError(f"{folder / name} is damaged: its checksum differs")
+        tensors = {
+            Path(name).stem: load_file(folder / name)
+            for name in files
+            if name.endswith(".safetensors")
+        }
+        state = json.loads((folder / STATE_NAME).read_text())
+        return Checkpoint(folder, int(state["step"]), tensors, state)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: {Path(error.filename).name} is missing"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a checkpoint of this program ({error})") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} holds unreadable tensors ({error})") from error
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint of a run that verifies.
+
+    Args:
+        run: folder of the run.
+        warn: told of each newer one that had to be passed over.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    folders = checkpoint_folders(run)
+    for _, folder in reversed(folders):
+        try:
+            return load_checkpoint(folder)
+        except CheckpointError as error:
+            warn(f"{error}; falling back to the checkpoint before it")
+    if not folders:
+        raise CheckpointError(f"{run} holds no checkpoint: give the folder of a run, or start one")
+    raise CheckpointError(f"none of the {len(folders)} checkpoints in {run} is intact")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a value that people may want to read."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

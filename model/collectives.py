@@ -1,0 +1,79 @@
+"""The few things that ranks tell each other; each is the identity in a single process.
+
+Nothing else in ``model/`` knows about ranks.
+
+Letters in names: N images on this rank, B images on all ranks.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(rows_N: Tensor, out_B: Tensor | None = None) -> Tensor:
+    """The rows of all ranks in the order of the ranks, ``[B, ...]``; no gradient.
+
+    Args:
+        rows_N: as many on every rank.
+        out_B: contiguous place to write them to, for example rows of the queue.
+    """
+    rows_N = rows_N.detach().contiguous()
+    if out_B is None:
+        out_B = rows_N.new_empty(len(rows_N) * world_size(), *rows_N.shape[1:])
+    if is_distributed():
+        dist.all_gather_into_tensor(out_B, rows_N)
+    else:
+        out_B.copy_(rows_N)
+    return out_B
+
+
+def exchange(rows_N: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+    """Send the first ``send_counts[0]`` rows to rank 0, and so on; what came, by sender."""
+    received = rows_N.new_empty(sum(receive_counts), *rows_N.shape[1:])
+    if not is_distributed():
+        return received.copy_(rows_N)
+    dist.all_to_all_single(received, rows_N.contiguous(), receive_counts, send_counts)
+    return received
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(world_size())
+
+
+def all_equal(tensors: Iterable[Tensor]) -> bool:
+    """Whether every tensor is equal, bit by bit, on all ranks."""
+    if not is_distributed():
+        return True
+    digests = torch.stack([_digest(tensor) for tensor in tensors])
+    lowest, highest = digests.clone(), digests.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return bool((lowest == highest).all())
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """A 64-bit sum of the tensor's bits, each weighted by its place."""
+    bits = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    weights = torch.arange(len(bits), device=bits.device) * 0x9E3779B1 + 1
+    return (bits * weights).sum()

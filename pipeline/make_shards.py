@@ -1,0 +1,236 @@
+"""Pack a folder of pictures into tar shards with an index and a manifest.
+
+    python pipeline/make_shards.py SOURCE OUTPUT
+
+SOURCE is ``class/picture`` or a flat folder. Every picture is decoded once; what is broken is left
+out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the same bytes,
+whatever the number of processes.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+if not __package__:  # run as a script: import from the repository root, not from pipeline/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.packing import (
+    ShardJob,
+    ShardResult,
+    Shared,
+    pack_shard,
+    plan_shards,
+    start_worker,
+)
+from pipeline.program import InputError, run_program
+from pipeline.shard_format import (
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    Manifest,
+    ShardInfo,
+    atomic_file,
+    write_manifest,
+)
+from pipeline.sources import Source, image_folder, shuffled
+from pipeline.validate import Limits
+
+REFUSED_NAME = "refused.jsonl"
+CHANGED_NAME = "changed.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """What to pack and how."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of pictures: class/picture, or flat."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder for the shards: new or empty."""
+    shard_mib: int = 256
+    """Largest size of a shard, in MiB of source files."""
+    shard_samples: int = 10_000
+    """Most pictures in a shard."""
+    seed: int = 0
+    """Of the order in which the pictures are packed."""
+    workers: int = 0
+    """Processes. 0: one for each core."""
+    limits: Limits = field(default_factory=Limits)
+    """What is too much for one picture."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_mib", "shard_samples"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if self.workers < 0:
+            raise InputError(f"--workers {self.workers}: give 0 (all cores) or a number of processes")
+
+
+def prepare_output(output: Path) -> None:
+    """Make the folder, or see that it is ours to fill.
+
+    Raises:
+        InputError: if it holds a finished set or anything that is not a leftover of a packing.
+    """
+    if (output / MANIFEST_NAME).exists():
+        raise InputError(f"{output} already holds finished shards: choose a new folder or remove it")
+    output.mkdir(parents=True, exist_ok=True)
+    foreign = [path.name for path in output.iterdir() if not is_leftover(path)]
+    if foreign:
+        raise InputError(
+            f"{output} is not empty (it holds {foreign[0]!r}): choose a new folder for the shards"
+        )
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether an earlier packing that was killed may have left this file."""
+    stem_fits = path.name.startswith(("shard-", ".shard-"))
+    return stem_fits and path.name.endswith((".tar", INDEX_SUFFIX, ".part"))
+
+
+def remove_leftovers(output: Path) -> None:
+    """Take away what an unfinished packing wrote, and the folder if that empties it."""
+    for path in output.iterdir():
+        if is_leftover(path) or path.name in (REFUSED_NAME, CHANGED_NAME):
+            path.unlink(missing_ok=True)
+    if not any(output.iterdir()):
+        output.rmdir()
+
+
+def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[ShardResult]:
+    """Run the jobs in parallel processes, with a progress bar that counts pictures."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+    shared = Shared(context.Value("q", 0), context.Event())
+    total = sum(len(job.pictures) for job in jobs)
+    columns = (
+        TextColumn("packing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pictures"),
+        TimeRemainingColumn(),
+    )
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=start_worker, initargs=(shared,)
+        ) as pool,
+    ):
+        bar = progress.add_task("packing", total=total)
+        futures: list[Future[ShardResult]] = [pool.submit(pack_shard, job) for job in jobs]
+        try:
+            waiting = set(futures)
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.1)
+                for future in finished:
+                    future.result()  # the first failure ends the packing
+                progress.update(bar, completed=shared.done.value)
+        except BaseException:
+            shared.stopping.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        progress.update(bar, completed=total)
+    return [future.result() for future in futures]
+
+
+def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:
+    """JSON lines of files and what happened to them; no file where there is nothing to say."""
+    if rows:
+        with atomic_file(path) as file:
+            for name, reason in sorted(rows):
+                file.write(json.dumps({"file": name, what: reason}).encode() + b"\n")
+
+
+def summarise(
+    console: Console, source: Source, results: list[ShardResult], manifest: Manifest, seconds: float
+) -> None:
+    """The table at the end: what was made and what was left out."""
+    refused = [row for result in results for row in result.refused]
+    changed = [row for result in results for row in result.changed]
+    size = sum(shard.bytes for shard in manifest.shards)
+    table = Table(show_header=False, title="packed", title_justify="left")
+    table.add_row("pictures", f"{manifest.samples:,}")
+    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (flat)")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("size", f"{size / 2**20:,.1f} MiB")
+    table.add_row("speed", f"{len(source.pictures) / seconds:,.0f} images/s, {seconds:.1f} s")
+    for title, rows in (("transcoded", changed), ("refused", refused)):
+        table.add_row(title, f"{len(rows):,}")
+        kinds = Counter(reason.partition(":")[0] for _, reason in rows)
+        for kind, count in kinds.most_common(5):
+            table.add_row("", f"{count:,} {kind}")
+    if source.ignored:
+        table.add_row("not pictures", f"{source.ignored:,} files")
+    console.print(table)
+    if refused:
+        console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
+
+
+def pack(config: PackConfig, console: Console) -> Manifest:
+    """Pack the source of ``config``; leaves nothing behind when it cannot finish.
+
+    Raises:
+        InputError: if the source has no usable picture or the output is taken.
+        OSError: if the output cannot be written.
+    """
+    source = image_folder(config.source)
+    prepare_output(config.output)
+    started = time.monotonic()
+    try:
+        plan = plan_shards(
+            shuffled(source.pictures, config.seed),
+            config.output,
+            config.shard_mib * 2**20,
+            config.shard_samples,
+        )
+        jobs = [ShardJob(path, pictures, config.limits) for path, pictures in plan]
+        workers = config.workers or len(os.sched_getaffinity(0))
+        results = pack_all(jobs, workers, console)
+        refused = [row for result in results for row in result.refused]
+        shards: list[ShardInfo] = [result.info for result in results if result.info]
+        if not shards:
+            name, reason = min(refused)
+            raise InputError(
+                f"none of the {len(refused)} files of {config.source} is a usable picture; "
+                f"the first, {name}: {reason}"
+            )
+        write_list(config.output / REFUSED_NAME, refused, "reason")
+        changed = [row for result in results for row in result.changed]
+        write_list(config.output / CHANGED_NAME, changed, "change")
+        made_by = {
+            "program": "make_shards",
+            "seed": config.seed,
+            "shard_mib": config.shard_mib,
+            "shard_samples": config.shard_samples,
+            "limits": vars(config.limits),
+        }
+        manifest = write_manifest(config.output, shards, source.classes, made_by)
+    except BaseException:
+        remove_leftovers(config.output)
+        raise
+    summarise(console, source, results, manifest, time.monotonic() - started)
+    return manifest
+
+
+def main() -> None:
+    """Parse the command line and pack."""
+    config = tyro.cli(PackConfig, description=__doc__)
+    console = Console()
+    manifest = pack(config, console)
+    console.print(f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,126 @@
+"""One shard's worth of packing: the unit of work, of parallelism and of retry.
+
+Which picture goes into which shard is decided from the list alone, before any is read, so the
+bytes do not depend on the number of processes.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+from pipeline.shard_format import INDEX_SUFFIX, Sample, ShardInfo, write_shard
+from pipeline.sources import SourcePicture
+from pipeline.validate import Limits, RefusedError, accept_picture
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to write: its tar, the pictures meant for it, and what is too much."""
+
+    path: Path
+    pictures: list[SourcePicture]
+    limits: Limits
+
+
+@dataclass
+class ShardResult:
+    """What became of a job. ``info`` is None where no picture could be used."""
+
+    info: ShardInfo | None = None
+    bytes_read: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)  # relative path, reason
+    changed: list[tuple[str, str]] = field(default_factory=list)  # relative path, what changed
+    class_counts: dict[int, int] = field(default_factory=dict)
+
+
+def plan_shards(
+    pictures: list[SourcePicture], folder: Path, shard_bytes: int, shard_samples: int
+) -> list[tuple[Path, list[SourcePicture]]]:
+    """Cut the list into shards of at most so many bytes or pictures, whichever comes first."""
+    groups: list[list[SourcePicture]] = [[]]
+    size = 0
+    for picture in pictures:
+        try:
+            picture_bytes = picture.path.stat().st_size
+        except OSError:  # gone or unreadable: refused with its reason when its shard is written
+            picture_bytes = 0
+        full = size + picture_bytes > shard_bytes or len(groups[-1]) >= shard_samples
+        if full and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(picture)
+        size += picture_bytes
+    return [(folder / f"shard-{number:06d}.tar", group) for number, group in enumerate(groups)]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the worker processes and the program share."""
+
+    done: "Synchronized[int]"  # pictures, for the progress bar
+    stopping: Event
+
+
+_shared: Shared | None = None
+
+
+def start_worker(shared: Shared) -> None:
+    """Make ready a process of the pool."""
+    global _shared  # a pool has no other way to hand a worker shared memory
+    _shared = shared
+    # Ctrl-C reaches every process of the terminal: the program alone answers it, by ``stopping``.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # libtiff writes a line to standard error for every odd tag; reasons travel as exceptions.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def pack_shard(job: ShardJob) -> ShardResult:
+    """Validate the pictures of one shard and write it.
+
+    Raises:
+        OSError: if the shard cannot be written; nothing of it is left then.
+    """
+    result = ShardResult()
+    try:
+        result.info = write_shard(job.path, _samples(job, result))
+    except BaseException:
+        for suffix in (".tar", INDEX_SUFFIX):
+            with contextlib.suppress(OSError):
+                job.path.with_suffix(suffix).unlink(missing_ok=True)
+        raise
+    return result
+
+
+def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
+    for picture in job.pictures:
+        try:
+            data = picture.path.read_bytes()
+            accepted = accept_picture(data, job.limits)
+        except OSError as error:
+            result.refused.append((picture.relative, f"cannot be read: {error.strerror}"))
+        except RefusedError as error:
+            result.refused.append((picture.relative, str(error)))
+        else:
+            result.bytes_read += len(data)
+            if accepted.change:
+                result.changed.append((picture.relative, accepted.change))
+            counts = result.class_counts
+            counts[picture.label] = counts.get(picture.label, 0) + 1
+            yield Sample(
+                key=picture.key,
+                picture=accepted.picture,
+                width=accepted.width,
+                height=accepted.height,
+                label=picture.label,
+            )
+        if _shared is not None:
+            with _shared.done.get_lock():
+                _shared.done.value += 1
+            if _shared.stopping.is_set():
+                raise InterruptedError(errno.EINTR, "packing was stopped")

@@ -1,0 +1,63 @@
+"""How every program of this project ends: one clear line for a wrong input, exit code 2."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+# What a person can do about an operating-system error, by its number.
+WAYS_OUT = {
+    errno.ENOSPC: "the disk is full: free some space or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose a folder on another disk",
+    errno.EFBIG: "the file would be larger than is allowed here: choose another folder",
+    errno.EACCES: "no permission: choose a folder that you may read and write",
+    errno.EPERM: "no permission: choose a folder that you may read and write",
+    errno.EROFS: "the disk is read-only: choose a folder on another disk",
+    errno.ENOENT: "no such file or folder: check the path",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
+    errno.EISDIR: "this is a folder where a file is needed: check the path",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter path",
+}
+
+
+class InputError(ValueError):
+    """Something a person can put right: the message names it, its value and the way out."""
+
+
+def error_console() -> Console:
+    """The place for errors: standard error, one unbroken line for each message."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def explain(error: OSError) -> str | None:
+    """One line for the errors that a person can put right, else None."""
+    if error.errno not in WAYS_OUT:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{WAYS_OUT[error.errno]}"
+
+
+def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], ...] = ()) -> None:
+    """Run ``main`` and leave with the code that a shell script can rely on.
+
+    0 done, 2 wrong input (one line on standard error), 130 interrupted. A defect of the program
+    itself keeps its traceback; MOCOSTREAM_TRACEBACK=1 shows one for wrong input too.
+
+    Args:
+        main: the program.
+        input_errors: further exceptions that stand for a wrong input.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        error_console().print("interrupted", style="yellow")
+        sys.exit(128 + signal.SIGINT)
+    except (InputError, OSError, *input_errors) as error:
+        line = explain(error) if isinstance(error, OSError) else str(error)
+        if line is None or os.environ.get("MOCOSTREAM_TRACEBACK"):
+            raise
+        error_console().print(f"error: {line}", style="red", markup=False)
+        sys.exit(2)

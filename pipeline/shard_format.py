@@ -1,0 +1,265 @@
+"""Shards on disk: a plain tar, a binary index beside it, one manifest for the set.
+
+The tar is USTAR with members ``KEY.jpg``, ``KEY.cls`` (label as decimal text) and ``KEY.json``
+(metadata), so that any WebDataset reader can read it. The index holds 24 bytes for each sample and
+is all that random access needs. The manifest is written last: a folder without one is unfinished.
+``shards/README.md`` is the specification for readers in other languages.
+
+Every file is written under a temporary name, fsynced and renamed, and all bytes are a function of
+the samples alone (owner, mode and time are fixed), so equal input gives equal files.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.program import InputError
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 512  # tar: every member starts at a multiple of this
+MANIFEST_NAME = "manifest.json"
+INDEX_SUFFIX = ".index"  # not .idx: that is the name of DALI's text index of the same tar
+
+INDEX_MAGIC = b"MOCOIDX\x00"
+# magic, version, bytes per record, records, crc32 of all records, padding
+INDEX_HEADER = struct.Struct("<8sIIQI4x")
+INDEX_RECORD = np.dtype(
+    [
+        ("block", "<u4"),  # where the picture's bytes start, in blocks of 512 bytes
+        ("size", "<u4"),  # bytes of the picture
+        ("crc32", "<u4"),  # of the picture's bytes
+        ("label", "<i4"),  # index into the manifest's classes, -1: none
+        ("width", "<u2"),  # pixels, as stored (EXIF rotation is not applied by any reader)
+        ("height", "<u2"),
+        ("flags", "<u2"),  # bit 0: dropped, never to be used
+        ("reserved", "<u2"),
+    ]
+)
+FLAG_DROPPED = 1
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture ready to be stored: ``picture`` is a JPEG of ``width`` x ``height`` pixels."""
+
+    key: str
+    picture: bytes
+    width: int
+    height: int
+    label: int = NO_LABEL
+    metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One line of the manifest. ``bytes`` and ``sha256`` are those of the tar."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds. ``sha256`` identifies the data set in checkpoints."""
+
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...]
+    made_by: dict[str, Any]
+    sha256: str
+
+    @property
+    def samples(self) -> int:
+        """Pictures in all shards together."""
+        return sum(shard.samples for shard in self.shards)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is complete and on the disk.
+
+    Leaves nothing behind when the body raises; a kill can leave ``.NAME.part``, which no reader
+    looks at and the next writer replaces.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def tar_header(name: str, size_bytes: int) -> bytes:
+    """The 512 bytes in front of a member, the same for every user, machine and day."""
+    member = tarfile.TarInfo(name)
+    member.size = size_bytes
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    """The members of a sample, the picture first."""
+    yield f"{sample.key}.jpg", sample.picture
+    if sample.label != NO_LABEL:
+        yield f"{sample.key}.cls", str(sample.label).encode()
+    if sample.metadata is not None:
+        text = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=True)
+        yield f"{sample.key}.json", text.encode()
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo | None:
+    """Write a tar and its index; both appear complete or not at all.
+
+    Args:
+        path: of the tar, which gives the shard its name; the index lies beside it.
+        samples: in the order in which they are stored.
+
+    Returns:
+        The manifest's entry, or None (and no file) where there were no samples.
+    """
+    sha256 = hashlib.sha256()
+    records: list[tuple[int, ...]] = []
+    offset = 0
+    with atomic_file(path) as file:
+        for sample in samples:
+            for number, (name, data) in enumerate(sample_members(sample)):
+                padding = -len(data) % BLOCK_BYTES
+                if number == 0:
+                    block = offset // BLOCK_BYTES + 1
+                    crc32 = zlib.crc32(data)
+                    sizes = (sample.width, sample.height)
+                    records.append((block, len(data), crc32, sample.label, *sizes, 0, 0))
+                for piece in (tar_header(name, len(data)), data, bytes(padding)):
+                    file.write(piece)
+                    sha256.update(piece)
+                offset += BLOCK_BYTES + len(data) + padding
+        end = bytes(tarfile.RECORDSIZE - offset % tarfile.RECORDSIZE)
+        if len(end) < 2 * BLOCK_BYTES:  # the end of a tar is two empty blocks
+            end += bytes(tarfile.RECORDSIZE)
+        file.write(end)
+        sha256.update(end)
+    if not records:
+        path.unlink()
+        return None
+    index = index_bytes(np.array(records, dtype=INDEX_RECORD))
+    with atomic_file(path.with_suffix(INDEX_SUFFIX)) as file:
+        file.write(index)
+    return ShardInfo(
+        name=path.name,
+        samples=len(records),
+        bytes=offset + len(end),
+        sha256=sha256.hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+
+
+def index_bytes(records: NDArray[np.void]) -> bytes:
+    """The index file of these records: 32 bytes of header, then 24 bytes for each sample."""
+    body = records.tobytes()
+    header = INDEX_HEADER.pack(
+        INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, len(records), zlib.crc32(body)
+    )
+    return header + body
+
+
+def read_index(path: Path) -> NDArray[np.void]:
+    """The records of one shard, in the order of its samples.
+
+    Raises:
+        InputError: if the file is not an index, is of another version, or is damaged.
+        FileNotFoundError: if there is none.
+    """
+    data = path.read_bytes()
+    if len(data) < INDEX_HEADER.size or not data.startswith(INDEX_MAGIC):
+        raise InputError(f"{path} is not a shard index: write it again with make_shards")
+    _, version, record_bytes, count, crc32 = INDEX_HEADER.unpack_from(data)
+    if (version, record_bytes) != (FORMAT_VERSION, INDEX_RECORD.itemsize):
+        raise InputError(
+            f"{path} has index version {version} with {record_bytes} bytes per sample, this "
+            f"program reads version {FORMAT_VERSION} with {INDEX_RECORD.itemsize}: pack again"
+        )
+    body = memoryview(data)[INDEX_HEADER.size :]
+    if len(body) != count * record_bytes or zlib.crc32(body) != crc32:
+        raise InputError(f"{path} is damaged (its checksum differs): restore it or pack again")
+    return np.frombuffer(body, dtype=INDEX_RECORD)
+
+
+def write_manifest(
+    folder: Path, shards: Iterable[ShardInfo], classes: Iterable[str], made_by: dict[str, Any]
+) -> Manifest:
+    """Declare a folder finished. ``made_by`` holds settings only, so that equal input stays equal."""
+    content = {
+        "format": "mocostream-shards",
+        "version": FORMAT_VERSION,
+        "classes": list(classes),
+        "made_by": made_by,
+        "shards": [asdict(shard) for shard in shards],
+    }
+    with atomic_file(folder / MANIFEST_NAME) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    return read_manifest(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What ``folder`` holds.
+
+    Raises:
+        InputError: if it is not a folder of finished shards; the message says what it is instead.
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder of shards: make one with make_shards")
+    if not path.is_file():
+        tars = sum(1 for _ in folder.glob("*.tar"))
+        raise InputError(
+            f"{folder} has {tars} tar files but no {MANIFEST_NAME}: its packing did not finish, or "
+            "the tars come from elsewhere; run make_shards on the pictures"
+        )
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        if content["version"] != FORMAT_VERSION:
+            raise InputError(
+                f"{path} has version {content['version']}, this program reads {FORMAT_VERSION}"
+            )
+        shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+        for shard in shards:
+            if Path(shard.name).name != shard.name:
+                raise InputError(f"{path} names {shard.name!r}, which is not a file in its folder")
+        manifest = Manifest(
+            shards=shards,
+            classes=tuple(content["classes"]),
+            made_by=content["made_by"],
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a manifest of shards ({error}): pack again") from error
+    return manifest
