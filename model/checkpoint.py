@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 CHECKPOINT_VERSION = 1
@@ -62,7 +62,8 @@ def save_checkpoint(
     try:
         for group, named in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(plain, part / f"{group}.safetensors")
+            # Not save_file: that reports a full disk as an error of its own and not as OSError.
+            (part / f"{group}.safetensors").write_bytes(save(plain))
         write_json(part / STATE_NAME, {**state, "step": step, "version": CHECKPOINT_VERSION})
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

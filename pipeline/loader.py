@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.order import Ints, Order, Places, default_lanes
-from pipeline.program import InputError
+from pipeline.program import DataError, InputError
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.torch_views import DecodeError, TorchEngine
 from pipeline.view_recipe import PAIRS, PairName, ViewRequest, draw_view
@@ -134,7 +134,7 @@ class Quarantine:
         """Log one bad sample.
 
         Raises:
-            InputError: if it is one too many.
+            DataError: if it is one too many.
         """
         self.bad += 1
         self._in_a_row += 1
@@ -143,13 +143,13 @@ class Quarantine:
                 file.write(json.dumps(line) + "\n")
         where = f"; see {self._path}" if self._path else ""
         if self._in_a_row >= BAD_IN_A_ROW:
-            raise InputError(
+            raise DataError(
                 f"{self._in_a_row} samples in a row could not be used, the last one because of "
                 f"'{line['reason']}'{where}: check the disk and the shards"
             )
         seen = self._good + self.bad
         if seen >= 1000 and self.bad > self._max_share * seen:
-            raise InputError(
+            raise DataError(
                 f"{self.bad} of {seen} samples could not be used, more than "
                 f"--data.max-bad-share {self._max_share}{where}: repair the shards or raise it"
             )

@@ -27,6 +27,10 @@ class InputError(ValueError):
     """Something a person can put right: the message names it, its value and the way out."""
 
 
+class DataError(InputError):
+    """An input error that one process of many may be alone with, so that each one reports it."""
+
+
 def error_console() -> Console:
     """The place for errors: standard error, one unbroken line for each message."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
@@ -44,7 +48,8 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
     """Run ``main`` and leave with the code that a shell script can rely on.
 
     0 done, 2 wrong input (one line on standard error), 130 interrupted. A defect of the program
-    itself keeps its traceback; MOCOSTREAM_TRACEBACK=1 shows one for wrong input too.
+    itself keeps its traceback; MOCOSTREAM_TRACEBACK=1 shows one for wrong input too. Of several
+    processes, which meet the same wrong input, the first one speaks.
 
     Args:
         main: the program.
@@ -59,5 +64,8 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
         line = explain(error) if isinstance(error, OSError) else str(error)
         if line is None or os.environ.get("MOCOSTREAM_TRACEBACK"):
             raise
-        error_console().print(f"error: {line}", style="red", markup=False)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or isinstance(error, DataError):
+            place = f"[rank {rank}] " if rank else ""
+            error_console().print(f"{place}error: {line}", style="red", markup=False)
         sys.exit(2)

@@ -1,0 +1,92 @@
+"""Features of every picture of a folder of shards.
+
+Letters in names: N images, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.judged import Judged
+from pipeline.eval_loader import EvalLoader
+from pipeline.loader import DataConfig, cpu_threads
+from pipeline.program import InputError
+from pipeline.shard_format import NO_LABEL
+from pipeline.shard_store import ShardStore
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features and labels of a set; labels index ``classes``."""
+
+    features_NF: Tensor
+    label_N: Tensor
+    classes: tuple[str, ...]
+    manifest_sha256: str
+    skipped: int
+
+
+@torch.inference_mode()
+def extract(
+    judged: Judged,
+    shards: Path,
+    *,
+    device: torch.device,
+    batch: int = 256,
+    advance: Callable[[int], None] = lambda _: None,
+) -> LabelledFeatures:
+    """Features of all pictures in ``shards``, in their order, in float32.
+
+    Args:
+        judged: what makes features.
+        shards: a folder with labels.
+        device: where it runs and where the features stay.
+        batch: pictures at a time.
+        advance: told how many more are done.
+
+    Raises:
+        InputError: if the shards have no labels.
+    """
+    store = ShardStore(shards)
+    if not store.manifest.classes:
+        raise InputError(
+            f"{shards} has no labels, so nothing can be judged with it: pack a folder with one "
+            "sub-folder for each class"
+        )
+    loader = EvalLoader(
+        store, judged.view, batch=batch, device=device, threads=cpu_threads(DataConfig())
+    )
+    was_training = judged.network.training
+    judged.network.to(device).eval()
+    features, labels = [], []
+    for views_N3HW, label_N in loader:
+        features.append(judged.network(views_N3HW).float())
+        labels.append(label_N)
+        advance(len(label_N))
+    judged.network.train(was_training)
+    label_N = torch.from_numpy(np.concatenate(labels)).to(device)
+    if bool((label_N == NO_LABEL).any()):
+        raise InputError(f"{shards} has pictures without a label: pack it again from class folders")
+    return LabelledFeatures(
+        torch.cat(features), label_N, store.manifest.classes, store.manifest.sha256, loader.skipped
+    )
+
+
+def align_labels(train: LabelledFeatures, test: LabelledFeatures) -> Tensor:
+    """The test labels as indices into the training classes, matched by the classes' names.
+
+    Raises:
+        InputError: if a test class does not occur in training.
+    """
+    missing = sorted(set(test.classes) - set(train.classes))
+    if missing:
+        raise InputError(
+            f"the test shards have classes that the training shards lack: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; judge with sets of the same classes"
+        )
+    place = torch.tensor([train.classes.index(name) for name in test.classes])
+    return place.to(test.label_N.device)[test.label_N]

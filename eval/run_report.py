@@ -1,0 +1,184 @@
+"""What a run tells while it goes on: live display or plain lines, run.jsonl, tracker, curve.
+
+Only the main process has a report.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from eval.curve import draw_curve
+
+LOG_NAME = "run.jsonl"
+CURVE_NAME = "curve.png"
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 04 s, 5 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole} s"
+
+
+class RunReport:
+    """Reports of one run.
+
+    Args:
+        run: its folder.
+        title: for the display.
+        total_steps: of the whole run.
+        first_step: steps done before, by an earlier part of the run.
+        queue: K, for the reference log(K + 1).
+        track: receives every logged value, for TensorBoard and the like.
+        console: where to print; a live display on a terminal, else plain lines.
+        writes: False on all processes but the main one, which then do nothing here.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        title: str,
+        *,
+        total_steps: int,
+        first_step: int,
+        queue: int,
+        track: Callable[[dict[str, float], int], None],
+        console: Console,
+        writes: bool = True,
+    ) -> None:
+        self._writes = writes
+        self._run = run
+        self._title = title
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._chance_loss = math.log(queue + 1)
+        self._track = track
+        self._console = console
+        self._latest: dict[str, float] = {}
+        self._losses: deque[float] = deque(maxlen=40)
+        self._knn: float | None = None
+        self._started = time.monotonic()
+        self._steps = Progress(
+            TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), console=console
+        )
+        self._bar = self._steps.add_task("step", total=total_steps, completed=first_step)
+        is_live = console.is_terminal and writes
+        self._live = Live(console=console, refresh_per_second=2) if is_live else None
+        if writes:
+            trim_log(run / LOG_NAME, first_step)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, message: str) -> None:
+        """One line for the person who watches."""
+        self._console.print(message, soft_wrap=True, highlight=False)
+
+    def steps(self, step: int, values: dict[str, float]) -> None:
+        """Report ``step`` steps done; ``values`` by the names that the log and tracker use."""
+        if not self._writes:
+            return
+        self._latest = values
+        self._losses.append(values["loss"])
+        self._write(step, values)
+        if self._live is None:
+            self.note(self._line(step))
+        else:
+            self._steps.update(self._bar, completed=step)
+            self._live.update(self._panel(step))
+
+    def knn(self, step: int, top1: float) -> None:
+        """Report a kNN score of the encoder as it is after ``step`` steps, in [0, 1]."""
+        self._knn = top1
+        self._write(step, {"knn_top1": top1})
+        if self._live is None:
+            self.note(f"step {step}: kNN top-1 {top1:.2%}")
+
+    def finish(self) -> None:
+        """Draw the curve of the whole run."""
+        if self._writes and (self._run / LOG_NAME).exists():
+            draw_curve(self._run / LOG_NAME, self._run / CURVE_NAME, self._chance_loss)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        with (self._run / LOG_NAME).open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._track(values, step)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        spent = time.monotonic() - self._started
+        return duration(spent / max(done, 1) * (self._total_steps - step))
+
+    def _shown(self, step: int) -> list[tuple[str, str]]:
+        values = self._latest
+        return [
+            ("loss", f"{values['loss']:.3f} (chance {self._chance_loss:.2f})"),
+            ("pretext accuracy", f"{values['pretext_accuracy']:.1%}"),
+            ("speed", f"{values['images_per_second']:,.0f} images/s"),
+            ("waiting for data", f"{values['data_wait_share']:.1%}"),
+            ("learning rate", f"{values['learning_rate']:.4g}"),
+            ("kNN top-1", "not asked for" if self._knn is None else f"{self._knn:.2%}"),
+            ("time left", self._time_left(step)),
+        ]
+
+    def _line(self, step: int) -> str:
+        rest = "  ".join(f"{name} {value}" for name, value in self._shown(step))
+        return f"step {step}/{self._total_steps}  {rest}"
+
+    def _panel(self, step: int) -> Panel:
+        table = Table.grid(padding=(0, 2))
+        for name, value in self._shown(step):
+            table.add_row(f"[dim]{name}[/]", value)
+        table.add_row("[dim]recent loss[/]", sparkline(list(self._losses)))
+        return Panel(Group(self._steps, table), title=self._title, border_style="cyan")
+
+
+def sparkline(values: list[float]) -> str:
+    """Values as a row of bars, the lowest and the highest at the two ends."""
+    low, high = min(values), max(values)
+    scale = (len(SPARK) - 1) / (high - low) if high > low else 0
+    return "".join(SPARK[round((value - low) * scale)] for value in values)
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop what an earlier part of the run logged after the checkpoint that is resumed from."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(f"{line}\n" for line in kept))
+    part.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        logged: dict[str, Any] = json.loads(line)
+        return float(logged["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # the half-written last line of a killed run

@@ -1,0 +1,501 @@
+"""Pre-train an encoder with Momentum Contrast on a folder of shards.
+
+    accelerate launch train.py RECIPE --data.shards SHARDS --output RUN
+
+RECIPE is one of moco-v1, moco-v2, cifar10, demo; every number of it is a flag. The same command
+with --resume goes on after an interruption. Results per recipe: README.md.
+
+Letters in names: N images on this process, D embedding size, H W pixels.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from rich.console import Console
+from torch import Tensor
+
+from eval.judged import Judged, eval_view_of
+from eval.knn import KnnProtocol, knn_of_shards
+from eval.meter import Meter
+from eval.run_report import RunReport
+from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
+from model.encoder import EncoderConfig, EncoderError
+from model.info_nce import info_nce, pretext_accuracy
+from model.key_queue import KeyQueue
+from model.moco import MoCo, MoCoConfig, groups_per_process
+from model.run_state import RunState
+from model.schedule import OptimiserConfig, lr_at
+from model.stopping import StopRequest
+from pipeline.loader import DataConfig, PairBatch, PairLoader
+from pipeline.program import InputError, run_program
+from pipeline.settings import from_plain, to_plain
+from pipeline.shard_format import atomic_file
+from pipeline.shard_store import ShardStore
+
+CONFIG_NAME = "config.json"
+
+# Settings that a resumed run may have otherwise than it started with: where things lie, what is
+# watched, how fast; the length too, which stretches the schedule and is said aloud.
+MAY_CHANGE = frozenset(
+    "resume output log_every save_every keep knn_train knn_test knn_every epochs steps "
+    "data.shards data.threads data.engine data.max_bad_share precision".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every number of a run."""
+
+    recipe: tyro.conf.Suppress[str]
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    moco: MoCoConfig = field(default_factory=MoCoConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    batch: int = 256
+    """Pictures in a step, all processes together."""
+    epochs: float = 200.0
+    """Passes over the pictures."""
+    steps: int | None = None
+    """Length of the run in steps, instead of --epochs."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of the encoders' arithmetic; no is float32. Loss, queue and weights are float32 always."""
+    seed: int = 0
+    """Of weights, order, views, queue and shuffle."""
+    output: Path | None = None
+    """Folder of the run: new, or one to go on with by --resume."""
+    resume: bool = False
+    """Go on after the newest intact checkpoint in --output."""
+    log_every: int = 10
+    """Steps between reports."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step has one always."""
+    keep: int = 3
+    """Checkpoints that stay, at least 2."""
+    knn_train: Path | None = None
+    """Labelled shards that votes come from, for a kNN score during the run."""
+    knn_test: Path | None = None
+    """Labelled shards that are judged, for a kNN score during the run."""
+    knn_every: int = 1000
+    """Steps between kNN scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "log_every", "save_every", "knn_every"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            raise InputError(
+                f"--steps {self.steps}, --epochs {self.epochs}: a run has at least one step"
+            )
+        if (self.knn_train is None) != (self.knn_test is None):
+            raise InputError("--knn-train and --knn-test belong together: give both or none")
+
+
+# Sources: v1 https://arxiv.org/abs/1911.05722 sections 3.3 and 4, and the defaults of the official
+# main_moco.py; v2 https://arxiv.org/abs/2003.04297 and the flags --mlp --moco-t 0.2 --aug-plus
+# --cos; cifar10 the authors' CIFAR-10 notebook (asymmetric form).
+RECIPES = {
+    "moco-v1": TrainConfig(
+        recipe="moco-v1",
+        data=DataConfig(views="moco-v1"),
+        encoder=EncoderConfig(backbone="resnet50", head="linear"),
+        moco=MoCoConfig(queue=65_536, momentum=0.999, temperature=0.07),
+        optimiser=OptimiserConfig(lr=0.03, schedule="steps", milestones=(0.6, 0.8)),  # 120, 160
+        batch=256,
+        epochs=200,
+    ),
+    "moco-v2": TrainConfig(
+        recipe="moco-v2",
+        data=DataConfig(views="moco-v2"),
+        encoder=EncoderConfig(backbone="resnet50", head="mlp"),
+        moco=MoCoConfig(queue=65_536, momentum=0.999, temperature=0.2),
+        optimiser=OptimiserConfig(lr=0.03, schedule="cosine"),
+        batch=256,
+        epochs=200,
+    ),
+    "cifar10": TrainConfig(
+        recipe="cifar10",
+        data=DataConfig(
+            views="cifar10",
+            image_px=32,
+            eval_resize_px=32,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2023, 0.1994, 0.2010),
+        ),
+        encoder=EncoderConfig(backbone="resnet18", stem="cifar", head="linear"),
+        moco=MoCoConfig(queue=4096, momentum=0.99, temperature=0.1),
+        optimiser=OptimiserConfig(lr=0.06, weight_decay=5e-4, schedule="cosine"),
+        batch=512,
+        epochs=200,
+    ),
+    # Ours: a network and a queue small enough for minutes on a CPU and for a few hundred pictures.
+    "demo": TrainConfig(
+        recipe="demo",
+        data=DataConfig(
+            views="marks",
+            image_px=32,
+            eval_resize_px=32,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        ),
+        encoder=EncoderConfig(
+            backbone="resnet18", layers=(1, 1, 1, 1), stem="small", head="mlp"
+        ),
+        moco=MoCoConfig(queue=512, momentum=0.99, temperature=0.2, batch_norm_groups=4),
+        optimiser=OptimiserConfig(lr=0.06, weight_decay=5e-4),
+        batch=64,
+        epochs=40,
+        save_every=500,
+    ),
+}
+
+
+def main() -> None:
+    """One run, from the command line to its last checkpoint."""
+    config = parse_arguments(sys.argv[1:])
+    output = require_output(config)
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_dir=output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    console = Console() if accelerator.is_main_process else Console(quiet=True)
+    found = open_run(config, output, accelerator, console)
+
+    # First the loader: it reads ahead while the model is built.
+    with PairLoader(
+        config.data,
+        global_batch=config.batch,
+        seed=config.seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start_step=found.step if found else 0,
+        half=accelerator.device.type == "cuda" and config.precision != "no",
+        quarantine_path=output / f"quarantine-{accelerator.process_index}.jsonl",
+    ) as loader:
+        torch.manual_seed(config.seed)
+        moco = MoCo(config.encoder, config.moco, config.batch, config.seed)
+        queue = KeyQueue(config.moco.queue, config.encoder.dim, config.seed)
+        queue = queue.to(accelerator.device)
+        optimizer = torch.optim.SGD(
+            moco.encoder_q.parameters(),
+            lr=config.optimiser.lr,
+            momentum=config.optimiser.momentum,
+            weight_decay=config.optimiser.weight_decay,
+        )
+        wrapped, optimizer = accelerator.prepare(moco, optimizer)
+        state = RunState(moco, queue, optimizer, accelerator.scaler)
+        if found:
+            state.load(found)
+        total_steps = config.steps or round(config.epochs * loader.order.steps_per_epoch)
+        for line in introduce(config, accelerator, loader, total_steps, found):
+            console.print(line, soft_wrap=True, highlight=False)
+        run = Run(config, output, accelerator, loader, wrapped, queue, optimizer, state)
+        train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
+    accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    config: TrainConfig
+    output: Path
+    accelerator: Accelerator
+    loader: PairLoader
+    moco: torch.nn.Module
+    queue: KeyQueue
+    optimizer: torch.optim.Optimizer
+    state: RunState
+
+
+def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
+    """The loop: from ``first_step`` steps done to ``total_steps``, or to a signal."""
+    config = run.config
+    stop = StopRequest()
+    meter = Meter(config.batch)
+    report = open_report(run, first_step, total_steps, console)
+    step = first_step
+    stops = False
+    with report:
+        while step < total_steps and not stops:
+            with meter.waiting_for_data():
+                batch = next(run.loader)
+            lr = lr_at(config.optimiser, step, total_steps, run.loader.order.steps_per_epoch)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            is_last = step + 1 == total_steps
+            is_logged = is_due(step + 1, config.log_every) or is_last
+            loss, accuracy = train_step(run, batch, with_accuracy=is_logged)
+            step += 1
+            if is_logged:
+                values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
+                report.steps(step, values | meter.read() | {"learning_rate": lr})
+            stops = stop.agreed()
+            with meter.paused():
+                if is_due(step, config.save_every) or is_last or stops:
+                    run.state.save(run.output, step, identity(run), config.keep)
+                if config.knn_train and (is_due(step, config.knn_every) or is_last):
+                    report_knn(run, report, step)
+        report.finish()
+    if stops and step < total_steps:
+        console.print(
+            f"stopped by {signal.Signals(stop.signal).name} after step {step} of {total_steps} and "
+            "saved; the same command with --resume goes on from there",
+            soft_wrap=True,
+        )
+        sys.exit(128 + stop.signal)
+    console.print(f"done: {step} steps, checkpoints and curve in {run.output}", soft_wrap=True)
+
+
+def train_step(run: Run, batch: PairBatch, *, with_accuracy: bool) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
+    query_ND, key_ND = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
+    loss = info_nce(query_ND, key_ND, run.queue.rows_KD, run.config.moco.temperature)
+    accuracy = torch.zeros_like(loss)
+    if with_accuracy:
+        accuracy = pretext_accuracy(query_ND.detach(), key_ND, run.queue.rows_KD)
+    run.queue.push(key_ND)  # already: the loss keeps no reference to the queue
+    run.accelerator.backward(loss)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss.detach(), accuracy
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return step % every == 0
+
+
+def reduced(accelerator: Accelerator, step: int, **values: Tensor) -> dict[str, float]:
+    """Means over all processes, on the host; the only place where the loop waits for the device.
+
+    Raises:
+        InputError: if a value is not finite.
+    """
+    means = {name: float(accelerator.reduce(value, "mean")) for name, value in values.items()}
+    if not all(math.isfinite(value) for value in means.values()):
+        raise InputError(
+            f"the loss is {means['loss']} after step {step}, the run has diverged: start it again "
+            "with a lower --optimiser.lr, or with --precision no"
+        )
+    return means
+
+
+def report_knn(run: Run, report: RunReport, step: int) -> None:
+    """Judge the query encoder as it is; on the main process, the others wait."""
+    config = run.config
+    if run.accelerator.is_main_process and config.knn_train and config.knn_test:
+        moco = run.accelerator.unwrap_model(run.moco)
+        protocol = KnnProtocol()
+        view = eval_view_of(config.data, protocol.interpolation)
+        judged = Judged(moco.encoder_q.backbone, view, {"encoder": "encoder_q", "step": step})
+        device = run.accelerator.device
+        result = knn_of_shards(judged, config.knn_train, config.knn_test, protocol, device=device)
+        report.knn(step, result["top1"])
+    run.accelerator.wait_for_everyone()
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint says about its run: settings, and which pictures in which order."""
+    order = run.loader.order
+    return {
+        "config": to_plain(run.config),
+        "data": {
+            "manifest_sha256": run.loader.store.manifest.sha256,
+            "samples": order.samples,
+            "lanes": order.lanes,
+            "window": order.window,
+        },
+    }
+
+
+def open_report(run: Run, first_step: int, total_steps: int, console: Console) -> RunReport:
+    """The report of this process: only the main one writes."""
+    accelerator = run.accelerator
+    accelerator.init_trackers("tensorboard")
+    return RunReport(
+        run.output,
+        f"{run.config.recipe} on {run.config.data.shards}",
+        total_steps=total_steps,
+        first_step=first_step,
+        queue=run.config.moco.queue,
+        track=lambda values, step: accelerator.log(values, step=step),
+        console=console,
+        writes=accelerator.is_main_process,
+    )
+
+
+def introduce(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    loader: PairLoader,
+    total_steps: int,
+    found: Checkpoint | None,
+) -> Iterator[str]:
+    """What a person should know before the first step."""
+    order, moco = loader.order, config.moco
+    world = accelerator.num_processes
+    groups = groups_per_process(moco, config.batch, world) * world
+    yield (
+        f"{config.recipe}: {config.encoder.backbone}, {order.samples:,} pictures, {total_steps:,} "
+        f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
+        f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
+    )
+    if moco.queue > order.samples // 4:
+        yield (
+            f"note: the queue of {moco.queue} keys is longer than a quarter of the "
+            f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "
+            f"{max(order.samples // 4, 1)} or less avoids that"
+        )
+    if found:
+        yield f"resumed after step {found.step} from {found.folder}"
+        before = found.state["config"]
+        for name in ("steps", "epochs", "precision"):
+            if before[name] != (now := getattr(config, name)):
+                yield f"note: {name} is {now} and was {before[name]}; the schedule follows it"
+
+
+def require_output(config: TrainConfig) -> Path:
+    """The folder of the run.
+
+    Raises:
+        InputError: if it is not given.
+    """
+    if config.output is None:
+        raise InputError("no folder for the run: give one with --output")
+    return config.output
+
+
+def open_run(
+    config: TrainConfig, output: Path, accelerator: Accelerator, console: Console
+) -> Checkpoint | None:
+    """Check that the run may use its folder, and write its settings there.
+
+    Returns:
+        The checkpoint to go on from: the newest intact one with --resume, else None.
+
+    Raises:
+        InputError: if the folder holds a run and --resume is missing, or the run in it is another.
+        CheckpointError: if there is nothing to resume from.
+        OSError: if the folder cannot be written.
+    """
+    data = ShardStore(config.data.shards) if config.data.shards else None
+    found = None
+    holds_run = (output / CONFIG_NAME).exists() or bool(checkpoint_folders(output))
+    if config.resume:
+        found = newest_checkpoint(output, lambda line: console.print(f"[yellow]{line}"))
+        refuse_other_run(config, found, data.manifest.sha256 if data else "")
+    elif holds_run:
+        raise InputError(f"{output} holds a run already: add --resume to go on, or choose another")
+    accelerator.wait_for_everyone()  # before anything is written that the checks above look for
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_file(output / CONFIG_NAME) as file:
+            file.write(json.dumps(to_plain(config), indent=1).encode() + b"\n")
+    accelerator.wait_for_everyone()
+    return found
+
+
+def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: str) -> None:
+    """See that a checkpoint belongs to the run that is asked for.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    was = found.state["data"]["manifest_sha256"]
+    if was != manifest_sha256:
+        raise InputError(
+            f"{found.folder} was trained on data set {was[:12]}, {config.data.shards} is "
+            f"{manifest_sha256[:12]}: give the same shards, or start a new run"
+        )
+    before, now = flat(found.state["config"]), flat(to_plain(config))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in MAY_CHANGE and before.get(name) != now.get(name):
+            raise InputError(
+                f"{found.folder} was trained with {name} = {before.get(name)}, now it is "
+                f"{now.get(name)}: use the same, or start a new run in another --output"
+            )
+
+
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value
+    return result
+
+
+def parse_arguments(arguments: list[str]) -> TrainConfig:
+    """Settings: those of the recipe, then those of --config FILE, then the flags.
+
+    Raises:
+        InputError: if the recipe or a setting in the file is unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    files, rest = parser.parse_known_args(arguments)
+    known = ", ".join(RECIPES)
+    default = None
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"there is no recipe {name!r}: choose one of {known}.{hint}")
+        default = RECIPES[name]
+    if files.config is not None:
+        default = read_config(files.config, default)
+    if default is None:
+        if not {"-h", "--help"} & set(rest):
+            raise InputError(f"no recipe: the first word is one of {known}")
+        default = RECIPES["moco-v2"]
+    description = f"{__doc__}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
+    return tyro.cli(TrainConfig, default=default, args=rest, description=description)
+
+
+def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:
+    """The settings that a run wrote to its config.json, over those of the recipe.
+
+    Raises:
+        InputError: if it is no such file or has unknown settings.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not JSON ({error})") from error
+    if not isinstance(plain, dict):
+        raise InputError(f"--config {path} holds no settings: give a run's config.json")
+    if recipe is not None:
+        plain = merged(to_plain(recipe), plain)
+    return from_plain(TrainConfig, {**plain, "resume": False}, str(path))
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of which the second ones win."""
+    result = dict(below)
+    for name, value in above.items():
+        is_nested = isinstance(value, dict) and isinstance(below.get(name), dict)
+        result[name] = merged(below[name], value) if is_nested else value
+    return result
+
+
+if __name__ == "__main__":
+    run_program(main, (CheckpointError, EncoderError))
