@@ -38,7 +38,7 @@ from model.moco import MoCo, MoCoConfig, groups_per_process
 from model.run_state import RunState
 from model.schedule import OptimiserConfig, lr_at
 from model.stopping import StopRequest
-from pipeline.loader import DataConfig, PairBatch, PairLoader
+from pipeline.loader import DataConfig, PairBatch, PairLoader, cpu_threads
 from pipeline.program import InputError, run_program
 from pipeline.settings import from_plain, to_plain
 from pipeline.shard_format import atomic_file
@@ -172,6 +172,8 @@ def main() -> None:
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each process
+        torch.set_num_threads(cpu_threads(config.data))
     console = Console() if accelerator.is_main_process else Console(quiet=True)
     found = open_run(config, output, accelerator, console)
 

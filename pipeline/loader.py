@@ -243,7 +243,7 @@ class PairLoader:
         item: PlannedBatch | BaseException
         while not self._stopping.is_set():
             try:
-                item = self._plan(step)
+                item = self.plan(step)
             except BaseException as error:  # handed to the consumer, who raises it
                 item = error
             while not self._stopping.is_set():
@@ -262,17 +262,21 @@ class PairLoader:
             self._planned.put(item)  # every later call fails likewise and none waits for ever
             raise item
         self._in_flight.append(item)
-        return self._request(item)
+        return self._request(item, self.order.epoch_of(item.step))
 
-    def _request(self, planned: PlannedBatch) -> ViewRequest:
-        epoch = self.order.epoch_of(planned.step)
+    def make(self, planned: PlannedBatch, epoch: int) -> tuple[Tensor, ...]:
+        """Query and key views, ``[N, 3, H, W]`` each, that a batch has in some epoch."""
+        return self._engine.make(self._request(planned, epoch))
+
+    def _request(self, planned: PlannedBatch, epoch: int) -> ViewRequest:
         views = tuple(
             draw_view(recipe, planned.size_px_N2, (self._seed, epoch, view), planned.places.sample)
             for view, recipe in enumerate(self._recipes)
         )
         return ViewRequest(planned.pictures, views)
 
-    def _plan(self, step: int) -> PlannedBatch:
+    def plan(self, step: int) -> PlannedBatch:
+        """Read this rank's samples of a step, with stand-ins for those that cannot be read."""
         places = self.order.batch(step, self._rank, self._world)
         count = len(places.sample)
         planned = PlannedBatch(
@@ -337,7 +341,7 @@ class PairLoader:
             rows = list(problems)
             again = self._engine.undecodable([planned.pictures[row] for row in rows])
             problems = {rows[place]: reason for place, reason in again.items()}
-        return self._engine.make(self._request(planned))
+        return self.make(planned, self.order.epoch_of(planned.step))
 
 
 def open_store(config: DataConfig) -> ShardStore:

@@ -1,0 +1,56 @@
+# make demo: set up, pack, train and judge on a small set. make test: set up and test.
+# CUDA=12 in front of setup takes DALI for CUDA 12.
+PYTHON ?= python3
+VENV ?= .venv
+CUDA ?= 13
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-cuda$(CUDA)
+
+.PHONY: setup demo test test-all check format bench lock clean
+
+setup: $(READY)
+
+# With uv where it is installed, which is faster, else with venv and pip.
+$(READY): requirements.txt
+	@if command -v uv >/dev/null 2>&1; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt; \
+	fi
+	@if [ "$(CUDA)" = 12 ]; then \
+		$(BIN)/python -m pip uninstall --quiet --yes nvidia-dali-cuda130 && \
+		$(BIN)/python -m pip install --quiet "nvidia-dali-cuda120>=2.4,<3"; \
+	fi
+	@touch $@
+
+demo: setup
+	$(BIN)/python eval/demo.py demo
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	for program in tests/bench/*.py; do $(BIN)/python $$program || exit 1; done
+
+# Needs uv. Extras: one DALI, the demo's pictures, the tools.
+lock:
+	uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+		--extra cuda13 --extra demo --extra dev --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" -o requirements.txt
+
+clean:
+	rm -rf $(VENV) demo runs
