@@ -48,10 +48,11 @@ CONFIG_NAME = "config.json"
 
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
-MAY_CHANGE = frozenset(
-    "resume output log_every save_every keep knn_train knn_test knn_every epochs steps "
-    "data.shards data.threads data.engine data.max_bad_share precision".split()
-)
+MAY_CHANGE = {
+    *("resume", "output", "log_every", "save_every", "keep"),
+    *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
+    *("data.shards", "data.threads", "data.engine", "data.max_bad_share"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +151,7 @@ RECIPES = {
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
         ),
-        encoder=EncoderConfig(
-            backbone="resnet18", layers=(1, 1, 1, 1), stem="small", head="mlp"
-        ),
+        encoder=EncoderConfig(backbone="resnet18", layers=(1, 1, 1, 1), stem="small", head="mlp"),
         moco=MoCoConfig(queue=512, momentum=0.99, temperature=0.2, batch_norm_groups=4),
         optimiser=OptimiserConfig(lr=0.06, weight_decay=5e-4),
         batch=64,
@@ -331,14 +330,13 @@ def open_report(run: Run, first_step: int, total_steps: int, console: Console) -
     accelerator = run.accelerator
     accelerator.init_trackers("tensorboard")
     return RunReport(
-        run.output,
+        run.output if accelerator.is_main_process else None,
         f"{run.config.recipe} on {run.config.data.shards}",
         total_steps=total_steps,
         first_step=first_step,
         queue=run.config.moco.queue,
         track=lambda values, step: accelerator.log(values, step=step),
         console=console,
-        writes=accelerator.is_main_process,
     )
 
 

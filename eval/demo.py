@@ -89,7 +89,9 @@ def score(console: Console, folder: Path, name: str, *words: str | Path) -> dict
     return content
 
 
-def conclude(console: Console, folder: Path, scores: dict[str, dict[str, Any]], spent_s: float) -> None:
+def conclude(
+    console: Console, folder: Path, scores: dict[str, dict[str, Any]], spent_s: float
+) -> None:
     """Say in plain words what was made and what comes next."""
     train, test = scores["trained"]["train_images"], scores["trained"]["test_images"]
     table = Table("judged", "kNN top-1", title=f"\n{test:,} test digits", title_justify="left")

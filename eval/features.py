@@ -68,11 +68,15 @@ def extract(
         labels.append(label_N)
         advance(len(label_N))
     judged.network.train(was_training)
-    label_N = torch.from_numpy(np.concatenate(labels)).to(device)
-    if bool((label_N == NO_LABEL).any()):
+    all_label_N = torch.from_numpy(np.concatenate(labels)).to(device)
+    if bool((all_label_N == NO_LABEL).any()):
         raise InputError(f"{shards} has pictures without a label: pack it again from class folders")
     return LabelledFeatures(
-        torch.cat(features), label_N, store.manifest.classes, store.manifest.sha256, loader.skipped
+        torch.cat(features),
+        all_label_N,
+        store.manifest.classes,
+        store.manifest.sha256,
+        loader.skipped,
     )
 
 

@@ -140,9 +140,7 @@ def judge(train: LabelledFeatures, test: LabelledFeatures, protocol: KnnProtocol
     """Top-1 and top-5 for each k, and the headline's top-1 of each class, all in [0, 1]."""
     label_N = align_labels(train, test)
     count = len(train.classes)
-    scores = knn_scores(
-        train.features_NF, train.label_N, test.features_NF, count, protocol
-    )
+    scores = knn_scores(train.features_NF, train.label_N, test.features_NF, count, protocol)
     by_k = {}
     for k, score_NC in scores.items():
         best_N5 = score_NC.topk(min(TOP5, count), dim=1).indices
@@ -239,7 +237,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     for k, scores in result["by_k"].items():
         by_k.add_row(str(k), f"{scores['top1']:.2%}", f"{scores['top5']:.2%}")
     console.print(by_k)
-    per_class = Table("class", "top-1", "pictures", title=f"k = {result['k']}", title_justify="left")
+    per_class = Table(
+        "class", "top-1", "pictures", title=f"k = {result['k']}", title_justify="left"
+    )
     for name, row in result["per_class"].items():
         per_class.add_row(name, f"{row['top1']:.1%}", f"{row['images']:,}")
     console.print(per_class)

@@ -39,19 +39,18 @@ class RunReport:
     """Reports of one run.
 
     Args:
-        run: its folder.
+        run: its folder; None on all processes but the main one, whose reports go nowhere.
         title: for the display.
         total_steps: of the whole run.
         first_step: steps done before, by an earlier part of the run.
         queue: K, for the reference log(K + 1).
         track: receives every logged value, for TensorBoard and the like.
         console: where to print; a live display on a terminal, else plain lines.
-        writes: False on all processes but the main one, which then do nothing here.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: Path | None,
         title: str,
         *,
         total_steps: int,
@@ -59,9 +58,7 @@ class RunReport:
         queue: int,
         track: Callable[[dict[str, float], int], None],
         console: Console,
-        writes: bool = True,
     ) -> None:
-        self._writes = writes
         self._run = run
         self._title = title
         self._total_steps = total_steps
@@ -77,9 +74,9 @@ class RunReport:
             TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), console=console
         )
         self._bar = self._steps.add_task("step", total=total_steps, completed=first_step)
-        is_live = console.is_terminal and writes
+        is_live = console.is_terminal and run is not None
         self._live = Live(console=console, refresh_per_second=2) if is_live else None
-        if writes:
+        if run is not None:
             trim_log(run / LOG_NAME, first_step)
 
     def __enter__(self) -> Self:
@@ -102,7 +99,7 @@ class RunReport:
 
     def steps(self, step: int, values: dict[str, float]) -> None:
         """Report ``step`` steps done; ``values`` by the names that the log and tracker use."""
-        if not self._writes:
+        if self._run is None:
             return
         self._latest = values
         self._losses.append(values["loss"])
@@ -122,10 +119,12 @@ class RunReport:
 
     def finish(self) -> None:
         """Draw the curve of the whole run."""
-        if self._writes and (self._run / LOG_NAME).exists():
+        if self._run is not None and (self._run / LOG_NAME).exists():
             draw_curve(self._run / LOG_NAME, self._run / CURVE_NAME, self._chance_loss)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._run is None:
+            return
         with (self._run / LOG_NAME).open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self._track(values, step)

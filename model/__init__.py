@@ -1,1 +1,1 @@
-"""From a pair of views to the loss: encoders, queue, optimiser, checkpoint; never imports ``pipeline``."""
+"""From a pair of views to the loss and the checkpoint; never imports ``pipeline``."""

@@ -59,7 +59,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norms(module: nn.Module, groups: int) -> None:
-    """Replace every ``BatchNorm2d`` (timm's subclass with activation too) by a split one, in place."""
+    """Replace every ``BatchNorm2d`` by a split one with the same weights, in place."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             split = SplitBatchNorm2d(child.num_features, groups)

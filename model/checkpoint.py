@@ -41,7 +41,11 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int = 3
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int = 3,
 ) -> Path:
     """Write ``run/step-NNNNNNNNN`` and remove the oldest beyond ``keep`` (at least 2).
 

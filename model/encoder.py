@@ -51,13 +51,15 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, batch_norm_groups: int = 1) -> None:
         super().__init__()
         self.backbone = make_backbone(config)
-        features = self.backbone.num_features
+        features = int(self.backbone.num_features)  # type: ignore[arg-type]
         if config.head == "linear":
             self.head: nn.Module = nn.Linear(features, config.dim)
         else:
             # No batch norm between the layers, as in the official code.
             self.head = nn.Sequential(
-                nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, config.dim)
+                nn.Linear(features, features),
+                nn.ReLU(inplace=True),
+                nn.Linear(features, config.dim),
             )
         if batch_norm_groups > 1:
             split_batch_norms(self, batch_norm_groups)

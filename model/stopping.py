@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self._count = 0
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         for number in (signal.SIGINT, signal.SIGTERM):

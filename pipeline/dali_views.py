@@ -112,7 +112,8 @@ def view_graph(pictures: Any, given: dict[str, Any], image_px: int) -> Any:
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    if "recolours" in given:
+    # The outer condition shapes the graph, the inner one picks samples when it runs.
+    if "recolours" in given:  # noqa: SIM102
         if given["recolours"]:
             # A named argument must lie on the CPU, so the mean colour of a picture on the GPU
             # enters by arithmetic and not as the operator's offset.
@@ -120,10 +121,10 @@ def view_graph(pictures: Any, given: dict[str, Any], image_px: int) -> Any:
             offset = fn.coord_transform(mean, M=given["mean"])
             own = fn.coord_transform(view, M=given["own"], dtype=types.FLOAT)
             view = fn.cast_like(own + offset, view)
-    if "blurs" in given:
+    if "blurs" in given:  # noqa: SIM102
         if given["blurs"]:
             view = fn.gaussian_blur(view, sigma=given["sigma"])
-    if "solarises" in given:
+    if "solarises" in given:  # noqa: SIM102
         if given["solarises"]:
             bright = view >= 128
             view = fn.cast_like(bright * (255 - view) + (bright == False) * view, view)  # noqa: E712
@@ -183,9 +184,19 @@ def decode_graph(source: Callable[[], list[Any]], device: Literal["cpu", "gpu"])
 
 def to_torch(output: Any) -> Tensor:
     """A dense DALI output as a ``[N, 3, H, W]`` tensor that shares its memory."""
-    views: Tensor = torch.from_dlpack(output.as_tensor())
+    views: Tensor = torch.from_dlpack(output.as_tensor())  # type: ignore[attr-defined]
     is_channels_last = views.shape[-1] == 3
     return views.permute(0, 3, 1, 2) if is_channels_last else views
+
+
+def run(pipeline: Any, device: torch.device) -> tuple[Tensor, ...]:
+    """The next outputs of a pipeline, ``[N, 3, H, W]`` each.
+
+    On a GPU they are bound to torch's current stream: ready for what it does next, and their
+    memory is used again only after what it has done with them.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return tuple(to_torch(output) for output in pipeline.run(cuda_stream=stream))
 
 
 def pipeline_arguments(
@@ -218,7 +229,7 @@ class DaliEngine:
         threads: of the CPU, for decoding.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keywords, each named at the call)
         self,
         next_request: Callable[[], ViewRequest],
         recipes: Sequence[ViewRecipe],
@@ -265,14 +276,14 @@ class DaliEngine:
                 the request after it.
         """
         try:
-            outputs = self._pipeline.run()
+            outputs = run(self._pipeline, self._device)
         except RuntimeError as error:
             if "nvImageCodec" not in str(error) and "decoders" not in str(error):
                 raise
-            raise DecodeError(str(error)) from error
-        finally:
             self._in_flight.popleft()
-        return tuple(to_torch(output) for output in outputs)
+            raise DecodeError(str(error)) from error
+        self._in_flight.popleft()
+        return outputs
 
     def make(self, request: ViewRequest) -> tuple[Tensor, ...]:
         """The views of this request alone, outside the stream: a failed batch run again."""
@@ -283,7 +294,7 @@ class DaliEngine:
             **pipeline_arguments(self._batch, self._threads, self._device, prefetch=1),
         )
         pipeline.build()
-        return tuple(to_torch(output) for output in pipeline.run())
+        return run(pipeline, self._device)
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:
         """Which of the pictures cannot be decoded, and why; each is tried alone."""

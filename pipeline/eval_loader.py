@@ -114,7 +114,7 @@ class EvalLoader:
         pipeline.build()
         while True:
             try:
-                (views,) = pipeline.run()
+                (views_N3HW,) = dali_views.run(pipeline, self._device)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -123,4 +123,4 @@ class EvalLoader:
                     f"({dali_views.first_reason(str(error))}): pack it again with make_shards"
                 ) from error
             _, label_N = in_flight.popleft()
-            yield dali_views.to_torch(views), label_N
+            yield views_N3HW, label_N

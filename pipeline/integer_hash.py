@@ -70,4 +70,5 @@ def _feistel(value: UInts, bits: UInts, key: UInts) -> UInts:
             low = low ^ (mix(high ^ round_key) & low_mask)
         else:
             high = high ^ (mix(low ^ round_key) & high_mask)
-    return (high << low_bits) | low
+    joined: UInts = (high << low_bits) | low
+    return joined

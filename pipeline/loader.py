@@ -2,8 +2,8 @@
 
 A thread looks up the order, reads and checks the bytes and draws the view parameters, some batches
 ahead; DALI decodes and augments ahead of the consumer; batches leave as torch tensors without a
-copy. The only state is the step: a loader that starts at step s gives exactly what another one gives
-when it arrives there.
+copy. The only state is the step: a loader that starts at step s gives exactly what another one
+gives when it arrives there.
 
 A sample that cannot be used is replaced by the next place of a second permutation (``Order.
 replacement``) and written to the quarantine log; the rest of its batch is untouched.
@@ -69,7 +69,7 @@ class DataConfig:
     window: int = 131_072
     """Samples of a lane that are shuffled with each other."""
     threads: int = 0
-    """CPU threads that decode, for each process. 0: all cores, shared by this machine's processes."""
+    """CPU threads of each process. 0: all cores, shared by this machine's processes."""
     engine: Literal["auto", "dali", "torchvision"] = "auto"
     """What makes the views: DALI where it is installed, else torchvision."""
     max_bad_share: float = 0.05
@@ -173,7 +173,7 @@ class PairLoader:
         InputError: if shards, batch and world size do not fit together.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keywords, each named at the call)
         self,
         config: DataConfig,
         *,
@@ -198,9 +198,9 @@ class PairLoader:
         self._planned: queue.Queue[PlannedBatch | BaseException] = queue.Queue(READ_AHEAD_BATCHES)
         self._in_flight: deque[PlannedBatch] = deque()
         self._stopping = threading.Event()
+        self._engine = make_engine(config, self._next_request, self._batch, device, half=half)
         self._reader = threading.Thread(target=self._read_ahead, name="reader", daemon=True)
         self._reader.start()
-        self._engine = make_engine(config, self._next_request, self._batch, device, half=half)
 
     def __iter__(self) -> Iterator[PairBatch]:
         return self

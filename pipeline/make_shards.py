@@ -76,7 +76,9 @@ class PackConfig:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
         if self.workers < 0:
-            raise InputError(f"--workers {self.workers}: give 0 (all cores) or a number of processes")
+            raise InputError(
+                f"--workers {self.workers}: give 0 (all cores) or a number of processes"
+            )
 
 
 def prepare_output(output: Path) -> None:
@@ -86,7 +88,9 @@ def prepare_output(output: Path) -> None:
         InputError: if it holds a finished set or anything that is not a leftover of a packing.
     """
     if (output / MANIFEST_NAME).exists():
-        raise InputError(f"{output} already holds finished shards: choose a new folder or remove it")
+        raise InputError(
+            f"{output} already holds finished shards: choose a new folder or remove it"
+        )
     output.mkdir(parents=True, exist_ok=True)
     foreign = [path.name for path in output.iterdir() if not is_leftover(path)]
     if foreign:

@@ -55,12 +55,13 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
         main: the program.
         input_errors: further exceptions that stand for a wrong input.
     """
+    expected: tuple[type[Exception], ...] = (InputError, OSError, *input_errors)
     try:
         main()
     except KeyboardInterrupt:
         error_console().print("interrupted", style="yellow")
         sys.exit(128 + signal.SIGINT)
-    except (InputError, OSError, *input_errors) as error:
+    except expected as error:
         line = explain(error) if isinstance(error, OSError) else str(error)
         if line is None or os.environ.get("MOCOSTREAM_TRACEBACK"):
             raise

@@ -45,7 +45,9 @@ def from_plain(kind: type[T], plain: Any, where: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where} has no setting {key!r}{hint} Known: {', '.join(sorted(fields))}")
+            raise InputError(
+                f"{where} has no setting {key!r}{hint} Known: {', '.join(sorted(fields))}"
+            )
     hints = typing.get_type_hints(kind)
     values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in plain.items()}
     return kind(**values)

@@ -215,7 +215,7 @@ def read_index(path: Path) -> NDArray[np.void]:
 def write_manifest(
     folder: Path, shards: Iterable[ShardInfo], classes: Iterable[str], made_by: dict[str, Any]
 ) -> Manifest:
-    """Declare a folder finished. ``made_by`` holds settings only, so that equal input stays equal."""
+    """Declare a folder finished; ``made_by`` holds settings only, so equal input stays equal."""
     content = {
         "format": "mocostream-shards",
         "version": FORMAT_VERSION,

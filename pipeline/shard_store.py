@@ -90,11 +90,9 @@ class ShardStore:
             raise BadSampleError("dropped by its owner")
         start, size = int(record["block"]) * BLOCK_BYTES, int(record["size"])
         if start + size > len(opened.data):
-            raise BadSampleError(
-                f"truncated shard: {len(opened.data)} bytes, needs {start + size}"
-            )
+            raise BadSampleError(f"truncated shard: {len(opened.data)} bytes, needs {start + size}")
         picture = opened.data[start : start + size]
-        crc32 = zlib.crc32(picture)
+        crc32 = zlib.crc32(picture.data)
         if crc32 != record["crc32"]:
             raise BadSampleError(f"crc32 {crc32:08x}, packed as {int(record['crc32']):08x}")
         return picture

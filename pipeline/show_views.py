@@ -27,6 +27,7 @@ import matplotlib
 matplotlib.use("Agg")  # no window, also where there is a screen
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline.loader import DataConfig, PairLoader
@@ -79,9 +80,7 @@ def collect(
     config: ShowConfig,
 ) -> tuple[list[Image.Image], list[list[NDArray[np.uint8]]], NDArray[np.int64]]:
     """Originals, their views of several epochs (query, key, ...), and sizes of many samples."""
-    data = DataConfig(
-        shards=config.shards, views=config.views, image_px=config.image_px, lanes=1
-    )
+    data = DataConfig(shards=config.shards, views=config.views, image_px=config.image_px, lanes=1)
     columns: list[list[NDArray[np.uint8]]] = []
     with PairLoader(
         data, global_batch=config.pictures, seed=config.seed, device=torch.device("cpu")
@@ -96,13 +95,15 @@ def collect(
     return originals, columns, size_px_N2
 
 
-def draw_sheet(config: ShowConfig, originals: list[Image.Image], columns: list[Any]) -> plt.Figure:
+def draw_sheet(config: ShowConfig, originals: list[Image.Image], columns: list[Any]) -> Figure:
     """The contact sheet: one row for each picture, the original first."""
     rows, width = len(originals), 1 + len(columns)
     figure, axes = plt.subplots(
         rows, width, figsize=(1.7 * width, 1.75 * rows + 0.5), layout="constrained", squeeze=False
     )
-    titles = ["original"] + [f"{w} {e + 1}" for e in range(config.repeats) for w in ("query", "key")]
+    titles = ["original"] + [
+        f"{w} {e + 1}" for e in range(config.repeats) for w in ("query", "key")
+    ]
     for row, original in enumerate(originals):
         for column, shown in enumerate([original, *(views[row] for views in columns)]):
             axis = axes[row, column]
@@ -135,13 +136,17 @@ def drawn_values(view: ViewParameters, size_px_N2: NDArray[np.int64]) -> dict[st
     return values
 
 
-def draw_histograms(config: ShowConfig, size_px_N2: NDArray[np.int64]) -> plt.Figure:
+def draw_histograms(config: ShowConfig, size_px_N2: NDArray[np.int64]) -> Figure:
     """Distributions of the parameters of both views, over many samples."""
     sizes = size_px_N2[np.arange(DRAWN_SAMPLES) % len(size_px_N2)]
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
-    for number, (recipe, name) in enumerate(zip(PAIRS[config.views], ("query", "key"), strict=True)):
+    for number, (recipe, name) in enumerate(
+        zip(PAIRS[config.views], ("query", "key"), strict=True)
+    ):
         drawn = draw_view(recipe, sizes, (config.seed, 0, number), np.arange(DRAWN_SAMPLES))
-        for axis, (title, values) in zip(axes.flat, drawn_values(drawn, sizes).items(), strict=True):
+        for axis, (title, values) in zip(
+            axes.flat, drawn_values(drawn, sizes).items(), strict=True
+        ):
             axis.set_title(title, fontsize=10)
             if isinstance(values, dict):
                 places = np.arange(len(values)) + 0.4 * number
@@ -157,7 +162,7 @@ def draw_histograms(config: ShowConfig, size_px_N2: NDArray[np.int64]) -> plt.Fi
     return figure
 
 
-def save(figure: plt.Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all."""
     with atomic_file(path) as file:
         figure.savefig(file, dpi=110, format="png")

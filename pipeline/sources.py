@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.integer_hash import hash_of
 from pipeline.program import InputError
 from pipeline.shard_format import NO_LABEL
 
 PICTURE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .tif .tiff .bmp .ppm .pgm .mpo .jp2".split()
+    f".{name}"
+    for name in (
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2"),
+        *("png", "webp", "gif", "tif", "tiff", "bmp", "ppm", "pgm"),
+    )
 )
 # A USTAR name holds 100 characters; a suffix of 9 and an extension of 5 must fit behind the stem.
 KEY_STEM_LENGTH = 80
@@ -110,5 +116,5 @@ def shuffled(pictures: list[SourcePicture], seed: int) -> list[SourcePicture]:
     """The pictures in a random order that is a function of the seed and their number."""
     if not pictures:
         return []
-    rank = hash_of(seed, range(len(pictures)))
+    rank = hash_of(seed, np.arange(len(pictures), dtype=np.uint64))
     return [pictures[place] for place in rank.argsort(kind="stable")]

@@ -29,7 +29,7 @@ class DecodeError(Exception):
 
 def decode(picture: Bytes) -> Image.Image:
     """The stored picture as RGB; EXIF rotation is ignored, as by torchvision's ``ImageFolder``."""
-    return Image.open(io.BytesIO(picture)).convert("RGB")
+    return Image.open(io.BytesIO(picture.data)).convert("RGB")
 
 
 def view_picture(

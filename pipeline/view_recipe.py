@@ -24,7 +24,9 @@ CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 # The draws of a view, each its own stream of the hash. Numbers are part of every run's identity.
 DRAW_AREA, DRAW_ASPECT, DRAW_X, DRAW_Y = 0, 100, 200, 300  # one for each attempt
-DRAW_FLIP, DRAW_JITTER, DRAW_ORDER, DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = range(400, 407)
+DRAW_FLIP, DRAW_JITTER, DRAW_ORDER, DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = range(
+    400, 407
+)
 DRAW_FACTORS = 410  # four of them
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbering in ColorJitter
@@ -111,8 +113,8 @@ class ViewParameters:
 
     ``crop_xywh_px`` ``[N, 4]`` int64 in pixels of the stored picture; ``factors`` ``[N, 4]`` in the
     units of torchvision (brightness, contrast, saturation, hue as a share of the circle), neutral
-    where ``jitter`` is False; ``jitter_order`` ``[N, 4]``, the operations in the order in which they
-    are done; ``sigma_px`` ``[N]``, 0 where there is no blur; the others ``[N]`` bool.
+    where ``jitter`` is False; ``jitter_order`` ``[N, 4]``, the operations in the order in which
+    they are done; ``sigma_px`` ``[N]``, 0 where there is no blur; the others ``[N]`` bool.
     """
 
     crop_xywh_px: Ints
@@ -210,7 +212,7 @@ def _centred(
 
 @dataclass(frozen=True)
 class ViewRequest:
-    """What an engine needs for one batch: N encoded pictures and the numbers of each of their views."""
+    """What an engine needs for one batch: N encoded pictures and the numbers of their views."""
 
     pictures: list[NDArray[np.uint8]]
     views: tuple[ViewParameters, ...]
