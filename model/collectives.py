@@ -73,7 +73,9 @@ def all_equal(tensors: Iterable[Tensor]) -> bool:
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """A 64-bit sum of the tensor's bits, each weighted by its place."""
-    bits = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    """A 64-bit sum of the tensor's bits, each element's weighted by its place."""
+    as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(as_bits[flat.element_size()]).to(torch.int64)
     weights = torch.arange(len(bits), device=bits.device) * 0x9E3779B1 + 1
     return (bits * weights).sum()

@@ -196,7 +196,7 @@ def run(pipeline: Any, device: torch.device) -> tuple[Tensor, ...]:
     memory is used again only after what it has done with them.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    return tuple(to_torch(output) for output in pipeline.run(cuda_stream=stream))
+    return tuple(to_torch(output) for output in pipeline.run(stream))
 
 
 def pipeline_arguments(

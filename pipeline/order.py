@@ -68,7 +68,12 @@ class Order:
 
     def __post_init__(self) -> None:
         self.first_sample = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
-        if self.global_batch < 1 or self.global_batch % self.lanes:
+        lowest = {"--batch": 1, "--data.lanes": 1, "--data.window": 1, "--seed": 0}
+        given = (self.global_batch, self.lanes, self.window, self.seed)
+        for (flag, least), value in zip(lowest.items(), given, strict=True):
+            if value < least:
+                raise InputError(f"{flag} {value}: give a number of at least {least}")
+        if self.global_batch % self.lanes:
             raise InputError(
                 f"a global batch of {self.global_batch} cannot be cut into {self.lanes} lanes: "
                 "change --batch or --data.lanes so that one divides the other"
