@@ -12,8 +12,10 @@ import argparse
 import difflib
 import json
 import math
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +28,27 @@ from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from torch import Tensor
 
+from eval.features import require_labels
 from eval.judged import Judged, eval_view_of
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
-from eval.run_report import RunReport
+from eval.run_report import LOG_NAME, RunReport
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
-from model.encoder import EncoderConfig, EncoderError
+from model.encoder import EncoderConfig, EncoderError, make_backbone
 from model.info_nce import info_nce, pretext_accuracy
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig, groups_per_process
 from model.run_state import RunState
 from model.schedule import OptimiserConfig, lr_at
 from model.stopping import StopRequest
-from pipeline.loader import DataConfig, PairBatch, PairLoader, cpu_threads
+from pipeline.loader import (
+    DataConfig,
+    PairBatch,
+    PairLoader,
+    cpu_threads,
+    make_order,
+    open_store,
+)
 from pipeline.program import InputError, run_program
 from pipeline.settings import from_plain, to_plain
 from pipeline.shard_format import atomic_file
@@ -166,7 +176,11 @@ def main() -> None:
     """One run, from the command line to its last checkpoint."""
     config = parse_arguments(sys.argv[1:])
     output = require_output(config)
+    check(config)
+    # It passes DDP a name that torch 2.15 replaces, which older ones do not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else several processes on CPUs would train each alone
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_dir=output,
@@ -371,6 +385,25 @@ def introduce(
                 yield f"note: {name} is {now} and was {before[name]}; the schedule follows it"
 
 
+def check(config: TrainConfig) -> None:
+    """See that a run can start, before anything is written.
+
+    Raises:
+        InputError, EncoderError: naming what is wrong.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    make_order(open_store(config.data), config.data, config.batch, config.seed).batch(0, 0, world)
+    try:
+        groups_per_process(config.moco, config.batch, world)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with torch.device("meta"):
+        make_backbone(config.encoder)
+    for shards in (config.knn_train, config.knn_test):
+        if shards is not None:
+            require_labels(ShardStore(shards))
+
+
 def require_output(config: TrainConfig) -> Path:
     """The folder of the run.
 
@@ -397,7 +430,7 @@ def open_run(
     """
     data = ShardStore(config.data.shards) if config.data.shards else None
     found = None
-    holds_run = (output / CONFIG_NAME).exists() or bool(checkpoint_folders(output))
+    holds_run = (output / LOG_NAME).exists() or bool(checkpoint_folders(output))
     if config.resume:
         found = newest_checkpoint(output, lambda line: console.print(f"[yellow]{line}"))
         refuse_other_run(config, found, data.manifest.sha256 if data else "")

@@ -52,11 +52,7 @@ def extract(
         InputError: if the shards have no labels.
     """
     store = ShardStore(shards)
-    if not store.manifest.classes:
-        raise InputError(
-            f"{shards} has no labels, so nothing can be judged with it: pack a folder with one "
-            "sub-folder for each class"
-        )
+    require_labels(store)
     loader = EvalLoader(
         store, judged.view, batch=batch, device=device, threads=cpu_threads(DataConfig())
     )
@@ -78,6 +74,19 @@ def extract(
         store.manifest.sha256,
         loader.skipped,
     )
+
+
+def require_labels(store: ShardStore) -> None:
+    """See that a set can judge or vote.
+
+    Raises:
+        InputError: if it has no classes.
+    """
+    if not store.manifest.classes:
+        raise InputError(
+            f"{store.folder} has no labels, so nothing can be judged with it: pack a folder with "
+            "one sub-folder for each class"
+        )
 
 
 def align_labels(train: LabelledFeatures, test: LabelledFeatures) -> Tensor:

@@ -14,7 +14,7 @@ Letters in names: N test images, M training images, F features, C classes, K nei
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,6 +103,12 @@ class KnnConfig:
             raise InputError("nothing to judge: give a run, --timm NAME or --pixels")
         if self.timm is not None and (self.run is not None or self.pixels):
             raise InputError("--timm is judged alone: leave out the run and --pixels")
+        for name in ("batch", "resize_px", "crop_px"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
+        if self.json is not None and self.json.is_dir():
+            raise InputError(f"--json {self.json} is a folder: give a file in it")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise InputError(f"--json {self.json}: its folder does not exist, make it first")
 
@@ -143,14 +149,16 @@ def judge(train: LabelledFeatures, test: LabelledFeatures, protocol: KnnProtocol
     scores = knn_scores(train.features_NF, train.label_N, test.features_NF, count, protocol)
     by_k = {}
     for k, score_NC in scores.items():
-        best_N5 = score_NC.topk(min(TOP5, count), dim=1).indices
+        # Not topk, which leaves open who wins where votes are even.
+        best_N5 = score_NC.argsort(dim=1, descending=True, stable=True)[:, :TOP5]
         hits_N5 = best_N5 == label_N[:, None]
         by_k[k] = {
             "top1": hits_N5[:, 0].float().mean().item(),
             "top5": hits_N5.any(dim=1).float().mean().item(),
         }
     headline = protocol.k[0]
-    right_N = (scores[headline].argmax(dim=1) == label_N).float()
+    first_N = scores[headline].argsort(dim=1, descending=True, stable=True)[:, 0]
+    right_N = (first_N == label_N).float()
     per_class = {
         name: {"top1": right_N[label_N == number].mean().item(), "images": int(images)}
         for number, name in enumerate(train.classes)
@@ -222,13 +230,27 @@ def choose(config: KnnConfig, warn: Callable[[str], None]) -> Judged:
         )
     if config.timm is not None:
         judged = timm_encoder(config.timm, config.weights, view)
-    asked = {"resize_px": config.resize_px, "crop_px": config.crop_px}
-    view = EvalView(**vars(judged.view) | {k: v for k, v in asked.items() if v is not None})
-    if view.crop_px > view.resize_px:
-        raise InputError(
-            f"--crop-px {view.crop_px} is larger than --resize-px {view.resize_px}: lower it"
-        )
+    resize_px = config.resize_px or judged.view.resize_px
+    crop_px = config.crop_px or judged.view.crop_px
+    if crop_px > resize_px:
+        raise InputError(f"--crop-px {crop_px} is larger than --resize-px {resize_px}: lower it")
+    view = replace(judged.view, resize_px=resize_px, crop_px=crop_px)
     return pixels(view) if config.pixels else Judged(judged.network, view, judged.about)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for auto a GPU where there is one.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    names = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    if name not in names:
+        raise InputError(f"--device {name}: this machine has {', '.join(names)}")
+    return torch.device(name)
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
@@ -256,10 +278,7 @@ def main() -> None:
     config = tyro.cli(KnnConfig, description=__doc__)
     console = Console()
     judged = choose(config, lambda message: console.print(f"[yellow]{message}"))
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = choose_device(config.device)
     total = read_manifest(config.train).samples + read_manifest(config.test).samples
     columns = (
         TextColumn("features"),

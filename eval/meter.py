@@ -29,13 +29,12 @@ class Meter:
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Around the fetching of a step's batch."""
+        if self._steps == WARM_UP_STEPS:
+            self._begin()
         started = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - started
         self._steps += 1
-        if self._steps == WARM_UP_STEPS + 1:
-            self._begin()
-            self._steps_at_start -= 1  # the step that has just got its batch counts
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -61,7 +61,8 @@ def save_checkpoint(
     """
     final = run / f"step-{step:09d}"
     part = run / f".step-{step:09d}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    for left_by_a_kill in run.glob(".step-*.part"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         for group, named in tensors.items():
@@ -83,7 +84,9 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for _, old in checkpoint_folders(run)[: -max(keep, 2)]:
+    # Later ones are damaged, or this step would have been resumed from them: they do not count.
+    done = [folder for number, folder in checkpoint_folders(run) if number <= step]
+    for old in done[: -max(keep, 2)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -122,11 +125,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         }
         state = json.loads((folder / STATE_NAME).read_text())
         return Checkpoint(folder, int(state["step"]), tensors, state)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {Path(error.filename).name} is missing"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint of this program ({error})") from error
     except SafetensorError as error:
         raise CheckpointError(f"{folder} holds unreadable tensors ({error})") from error

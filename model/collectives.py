@@ -77,5 +77,7 @@ def _digest(tensor: Tensor) -> Tensor:
     as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(as_bits[flat.element_size()]).to(torch.int64)
-    weights = torch.arange(len(bits), device=bits.device) * 0x9E3779B1 + 1
+    weights = (
+        torch.arange(len(bits), device=bits.device) * (2 * 0x9E3779B1) + 1
+    )  # odd: no bit is lost
     return (bits * weights).sum()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from model.batch_norm import split_batch_norms
 
+STAGES = 4
+
 
 class EncoderError(ValueError):
     """An encoder that cannot be built as asked: the message names the setting and the way out."""
@@ -76,6 +78,11 @@ class Encoder(nn.Module):
 
 def make_backbone(config: EncoderConfig) -> nn.Module:
     """The timm network without classifier and with random weights."""
+    if config.layers and (len(config.layers) != STAGES or min(config.layers) < 1):
+        raise EncoderError(
+            f"--encoder.layers {' '.join(map(str, config.layers))}: give {STAGES} numbers of at "
+            "least 1, the blocks of each stage"
+        )
     options = {"layers": config.layers} if config.layers else {}
     if not timm.is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), 3)
@@ -83,7 +90,9 @@ def make_backbone(config: EncoderConfig) -> nn.Module:
         raise EncoderError(
             f"timm has no backbone {config.backbone!r}: choose one of timm.list_models(){hint}"
         )
-    if not timm.list_models("*resne*").count(config.backbone):
+    # timm's other families of such names fuse batch norm with its activation, so that it could not
+    # be split, or have other stems.
+    if config.backbone not in timm.list_models(module="resnet"):
         raise EncoderError(
             f"{config.backbone!r} is not a ResNet: only ResNets and ResNeXts can be trained so far"
         )

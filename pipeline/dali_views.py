@@ -157,22 +157,49 @@ def pair_graph(
 @pipeline_def
 def eval_graph(
     source: Callable[[], list[Any]],
-    resize_px: int,
     crop_px: int,
     interpolation: Literal["bilinear", "bicubic"],
     normalisation: tuple[Triple, Triple],
     device: Literal["cpu", "gpu"],
 ) -> Any:
-    """Shorter side to ``resize_px``, middle square of ``crop_px``, normalised."""
-    (encoded,) = fn.external_source(source=source, num_outputs=1, batch=True, no_copy=True)
+    """The middle square of ``crop_px`` of resized pictures, normalised.
+
+    The source gives the pictures, their sizes after the resize (height, width) and the upper left
+    corner of the crop (y, x): torchvision's roundings, which are not DALI's, happen on the host.
+    """
+    encoded, size, corner = fn.external_source(
+        source=source, num_outputs=3, batch=True, no_copy=True
+    )
     resized = fn.resize(
         decode(encoded, device),
-        resize_shorter=resize_px,
+        size=size,
         interp_type=types.INTERP_CUBIC if interpolation == "bicubic" else types.INTERP_LINEAR,
         antialias=True,
     )
-    cropped = fn.crop(resized, crop=(crop_px, crop_px))
+    cropped = fn.slice(resized, start=corner, shape=[crop_px, crop_px], axes=(0, 1))
     return normalised(cropped, *normalisation, device, half=False)
+
+
+def eval_inputs(
+    pictures: Sequence[Bytes], size_px_N2: NDArray[np.int64], resize_px: int, crop_px: int
+) -> list[Any]:
+    """What ``eval_graph`` is given for a batch.
+
+    Args:
+        pictures: encoded.
+        size_px_N2: width and height of each.
+        resize_px: the shorter side after the resize.
+        crop_px: side of the crop.
+    """
+    shorter = size_px_N2.min(axis=1, keepdims=True)
+    # As torchvision: the longer side is cut to a whole number, the corner rounded half to even.
+    resized_N2 = resize_px * size_px_N2 // shorter
+    corner_N2 = np.rint((resized_N2 - crop_px) / 2)
+    return [
+        list(pictures),
+        np.ascontiguousarray(resized_N2[:, ::-1]).astype(np.float32),
+        np.ascontiguousarray(corner_N2[:, ::-1]).astype(np.int32),
+    ]
 
 
 @pipeline_def
@@ -298,24 +325,26 @@ class DaliEngine:
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:
         """Which of the pictures cannot be decoded, and why; each is tried alone."""
-        problems = {}
-        for row, picture in enumerate(pictures):
-            inputs = [[picture]]
-            pipeline = decode_graph(
-                source=lambda inputs=inputs: inputs,
-                device=self._graph_arguments["device"],
-                **pipeline_arguments(1, 1, self._device, prefetch=1),
-            )
-            pipeline.build()
-            try:
-                pipeline.run()
-            except RuntimeError as error:
-                problems[row] = first_reason(str(error))
-        return problems
+        problems = ((row, self._problem_with(picture)) for row, picture in enumerate(pictures))
+        return {row: problem for row, problem in problems if problem}
+
+    def _problem_with(self, picture: Bytes) -> str:
+        inputs = [[picture]]
+        pipeline = decode_graph(
+            source=lambda: inputs,
+            device=self._graph_arguments["device"],
+            **pipeline_arguments(1, 1, self._device, prefetch=1),
+        )
+        pipeline.build()
+        try:
+            pipeline.run()
+        except RuntimeError as error:
+            return first_reason(str(error))
+        return ""
 
     def close(self) -> None:
         """Let go of the pipeline and with it of its threads and memory."""
-        del self._pipeline
+        self._pipeline = None
 
 
 def first_reason(message: str) -> str:

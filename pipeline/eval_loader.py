@@ -37,6 +37,31 @@ class EvalView:
     mean: Triple
     std: Triple
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_px <= self.resize_px:
+            raise InputError(
+                f"a crop of {self.crop_px} px does not fit a picture whose shorter side is "
+                f"{self.resize_px} px: give a --crop-px from 1 to --resize-px"
+            )
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """A batch before it is decoded; ``rows_N3`` has width, height and label of each picture."""
+
+    pictures: list[Bytes]
+    rows_N3: NDArray[np.int64]
+
+    @property
+    def size_px_N2(self) -> NDArray[np.int64]:
+        """Width and height."""
+        return self.rows_N3[:, :2]
+
+    @property
+    def label_N(self) -> NDArray[np.int64]:
+        """Index of the class, -1 without one."""
+        return self.rows_N3[:, 2]
+
 
 class EvalLoader:
     """Iterator of ``(views_N3HW float32, label_N int64)``; the last batch may be smaller.
@@ -62,13 +87,14 @@ class EvalLoader:
         self.skipped = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        self.skipped = 0
         if dali_views is None:
             return self._with_torchvision()
         return self._with_dali()
 
-    def _encoded(self) -> Iterator[tuple[list[Bytes], NDArray[np.int64]]]:
+    def _encoded(self) -> Iterator[EncodedPictures]:
         pictures: list[Bytes] = []
-        labels: list[int] = []
+        rows: list[tuple[int, int, int]] = []
         for shard in range(len(self._store.manifest.shards)):
             for index, record in enumerate(self._store.records(shard)):
                 try:
@@ -76,35 +102,48 @@ class EvalLoader:
                 except BadSampleError:
                     self.skipped += 1
                     continue
-                labels.append(int(record["label"]))
+                rows.append((int(record["width"]), int(record["height"]), int(record["label"])))
                 if len(pictures) == self._batch:
-                    yield pictures, np.array(labels, dtype=np.int64)
-                    pictures, labels = [], []
+                    yield EncodedPictures(pictures, np.array(rows, dtype=np.int64))
+                    pictures, rows = [], []
         if pictures:
-            yield pictures, np.array(labels, dtype=np.int64)
+            yield EncodedPictures(pictures, np.array(rows, dtype=np.int64))
+
+    def _undecodable(self, reason: str) -> InputError:
+        return InputError(
+            f"{self._store.folder} has a picture that cannot be decoded ({reason}): pack it again "
+            "with make_shards"
+        )
 
     def _with_torchvision(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         view = self._view
-        for pictures, label_N in self._encoded():
+        for batch in self._encoded():
+            try:
+                decoded = [decode(picture) for picture in batch.pictures]
+            except (OSError, SyntaxError, ValueError) as error:
+                raise self._undecodable(str(error)) from error
             shown = [
-                eval_picture(decode(picture), view.resize_px, view.crop_px, view.interpolation)
-                for picture in pictures
+                eval_picture(picture, view.resize_px, view.crop_px, view.interpolation)
+                for picture in decoded
             ]
-            yield normalise(shown, view.mean, view.std).to(self._device), label_N
+            yield normalise(shown, view.mean, view.std).to(self._device), batch.label_N
 
     def _with_dali(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         batches = self._encoded()
+        view = self._view
+        # Inputs are not copied, so they must live until their batch has left the pipeline.
         in_flight: deque[tuple[list[Any], NDArray[np.int64]]] = deque()
 
         def feed() -> list[Any]:
-            pictures, label_N = next(batches)  # StopIteration is how DALI learns of the end
-            in_flight.append(([pictures], label_N))
-            return in_flight[-1][0]
+            batch = next(batches)  # StopIteration is how DALI learns of the end
+            inputs = dali_views.eval_inputs(
+                batch.pictures, batch.size_px_N2, view.resize_px, view.crop_px
+            )
+            in_flight.append((inputs, batch.label_N))
+            return inputs
 
-        view = self._view
         pipeline = dali_views.eval_graph(
             source=feed,
-            resize_px=view.resize_px,
             crop_px=view.crop_px,
             interpolation=view.interpolation,
             normalisation=(view.mean, view.std),
@@ -118,9 +157,6 @@ class EvalLoader:
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise InputError(
-                    f"{self._store.folder} has a picture that cannot be decoded "
-                    f"({dali_views.first_reason(str(error))}): pack it again with make_shards"
-                ) from error
+                raise self._undecodable(dali_views.first_reason(str(error))) from error
             _, label_N = in_flight.popleft()
             yield views_N3HW, label_N

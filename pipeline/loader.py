@@ -17,7 +17,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -106,7 +106,8 @@ class PlannedBatch:
     pictures: list[Bytes]
     size_px_N2: Ints
     label_N: Ints
-    replaced: int = 0
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Stand-ins that were tried, for each row that needed one."""
 
 
 class Quarantine:
@@ -124,11 +125,10 @@ class Quarantine:
         self._good = 0
         self._in_a_row = 0
 
-    def accept(self, count: int) -> None:
-        """Take note of good samples."""
-        if count:
-            self._good += count
-            self._in_a_row = 0
+    def accept(self) -> None:
+        """Take note of a good sample."""
+        self._good += 1
+        self._in_a_row = 0
 
     def reject(self, **line: str | int) -> None:
         """Log one bad sample.
@@ -218,7 +218,7 @@ class PairLoader:
             planned.step,
             planned.places.sample,
             planned.label_N,
-            planned.replaced,
+            len(planned.attempts),
         )
 
     def __enter__(self) -> Self:
@@ -289,7 +289,7 @@ class PairLoader:
         for row in range(count):
             if not self._read(planned, row):
                 self._replace(planned, row)
-        self.quarantine.accept(count - planned.replaced)
+            self.quarantine.accept()
         return planned
 
     def _read(self, planned: PlannedBatch, row: int) -> bool:
@@ -317,15 +317,14 @@ class PairLoader:
     def _replace(self, planned: PlannedBatch, row: int) -> None:
         """Put a sample that can be read where ``row`` is; the same one in every rerun."""
         position = planned.places.position[row : row + 1]
-        planned.replaced += 1
-        attempt = 1
-        while True:
+        is_read = False
+        while not is_read:
+            attempt = planned.attempts.get(row, 0) + 1
+            planned.attempts[row] = attempt
             stand_in = self.order.replacement(planned.step, position, attempt)
-            for field in ("shard", "index", "sample"):
-                getattr(planned.places, field)[row] = getattr(stand_in, field)[0]
-            if self._read(planned, row):
-                return
-            attempt += 1
+            for name in ("shard", "index", "sample"):
+                getattr(planned.places, name)[row] = getattr(stand_in, name)[0]
+            is_read = self._read(planned, row)
 
     def _repair(self, planned: PlannedBatch, error: DecodeError) -> tuple[Tensor, ...]:
         """Replace what cannot be decoded and make the views of this batch again."""

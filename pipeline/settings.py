@@ -50,6 +50,15 @@ def from_plain(kind: type[T], plain: Any, where: str) -> T:
             )
     hints = typing.get_type_hints(kind)
     values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in plain.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}: add it")
     return kind(**values)
 
 
@@ -65,9 +74,10 @@ def _value(hint: Any, plain: Any, where: str) -> Any:
     if origin is typing.Literal:
         fits, value = plain in arguments, plain
     elif origin is tuple:
-        kinds = arguments[:1] * len(plain) if arguments[1:] == (Ellipsis,) else arguments
-        fits = isinstance(plain, list) and len(plain) == len(kinds)
-        value = tuple(_value(k, item, where) for k, item in zip(kinds, plain, strict=False))
+        items = plain if isinstance(plain, list) else []
+        kinds = arguments[:1] * len(items) if arguments[1:] == (Ellipsis,) else arguments
+        fits = isinstance(plain, list) and len(items) == len(kinds)
+        value = tuple(_value(k, item, where) for k, item in zip(kinds, items, strict=False))
     elif hint is Path:
         fits, value = isinstance(plain, str), plain
         value = Path(plain) if fits else plain
@@ -76,6 +86,7 @@ def _value(hint: Any, plain: Any, where: str) -> Any:
     else:
         fits, value = type(plain) is hint, plain
     if not fits:
-        allowed = ", ".join(map(repr, arguments)) or getattr(hint, "__name__", str(hint))
+        choices = ", ".join(map(repr, arguments)) if origin is typing.Literal else ""
+        allowed = choices or (str(hint) if arguments else hint.__name__)
         raise InputError(f"{where} is {plain!r}, allowed: {allowed}")
     return value

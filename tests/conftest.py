@@ -1,0 +1,146 @@
+"""Pictures and shards that several test files share; ``draw_photo`` needs no download."""
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+from pipeline.shard_format import Sample, read_index, write_manifest, write_shard
+
+# A busy machine is no reason to fail: hypothesis would else stop examples above 0.2 s.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def photo(seed, width=96, height=72):
+    """A picture with what a photograph has: smooth areas, sharp edges and noise."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
+    for _ in range(6):
+        x, y = rng.integers(0, width), rng.integers(0, height)
+        pixels[y : y + height // 4, x : x + width // 4] = rng.integers(0, 256, 3)
+    pixels += rng.integers(-8, 9, pixels.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def encoded(image, file_format="JPEG", **options):
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def pack_pictures(folder, pictures, shard_sizes, classes=("ant", "bee", "cat")):
+    """Write a finished set; ``pictures`` are JPEGs, or bytes that claim to be 64 x 48 pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, first = [], 0
+    for number, size in enumerate(shard_sizes):
+        samples = []
+        for place in range(first, first + size):
+            picture = pictures[place]
+            is_jpeg = picture.startswith(b"\xff\xd8")
+            width, height = Image.open(io.BytesIO(picture)).size if is_jpeg else (64, 48)
+            label = place % len(classes)
+            samples.append(
+                Sample(
+                    key=f"{classes[label]}/picture{place:03d}",
+                    picture=picture,
+                    width=width,
+                    height=height,
+                    label=label,
+                )
+            )
+        shards.append(write_shard(folder / f"shard-{number:06d}.tar", samples))
+        first += size
+    write_manifest(folder, shards, classes, {"program": "tests"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def draw_photo():
+    """``draw_photo(seed, width, height)`` gives a Pillow image."""
+    return photo
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """``encode(image, file_format, **options)`` gives the bytes of a picture file."""
+    return encoded
+
+
+@pytest.fixture(scope="session")
+def pack_set():
+    """``pack_set(folder, pictures, shard_sizes)`` writes a finished set and gives its folder."""
+    return pack_pictures
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Twelve JPEGs in three folders, each a class."""
+    for number in range(12):
+        path = tmp_path / "pictures" / ("ant", "bee", "cat")[number % 3] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(number, 40 + 4 * number, 60).save(path, quality=90)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def clean_pictures():
+    """Forty JPEGs of many shapes, one of them grey."""
+    shapes = [(64 + 7 * (n % 9), 48 + 11 * (n % 5)) for n in range(40)]
+    shapes[5], shapes[6] = (300, 20), (16, 200)
+    images = [photo(n, *shape) for n, shape in enumerate(shapes)]
+    images[7] = images[7].convert("L")
+    return [encoded(image, quality=90) for image in images]
+
+
+@pytest.fixture(scope="session")
+def shard_set(tmp_path_factory, clean_pictures):
+    """Three shards of 9, 20 and 11 pictures, for reading only."""
+    return pack_pictures(tmp_path_factory.mktemp("clean") / "shards", clean_pictures, (9, 20, 11))
+
+
+@pytest.fixture
+def own_set(shard_set, tmp_path):
+    """A copy of ``shard_set`` that a test may damage."""
+    return Path(shutil.copytree(shard_set, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def flip_bit():
+    """``flip_bit(folder, shard, index)`` damages one picture of a set on the disk."""
+
+    def flip(folder, shard, index):
+        tar = folder / f"shard-{shard:06d}.tar"
+        record = read_index(tar.with_suffix(".index"))[index]
+        data = bytearray(tar.read_bytes())
+        data[int(record["block"]) * 512 + int(record["size"]) // 2] ^= 1
+        tar.write_bytes(data)
+
+    return flip
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """The folder of real picture packs."""
+    folder = Path(os.environ.get("MOCO_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real pictures: {folder} is absent; set MOCO_TEST_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_pictures(test_data):
+    """The bytes of 25 ImageNet photographs."""
+    with tarfile.open(test_data / "imagenet_samples.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".JPEG")]
+        return [tar.extractfile(member).read() for member in members[::10]]

@@ -1,0 +1,108 @@
+"""Split batch norm against a plain one for each group."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model.batch_norm import SplitBatchNorm2d, split_batch_norms
+from model.encoder import Encoder, EncoderConfig
+
+CHANNELS = 5
+
+
+def trained(norm):
+    """A norm whose weights and statistics are not those of a new one."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.copy_(torch.rand(CHANNELS, generator=generator) + 0.5)
+    return norm
+
+
+def plain_like(norm):
+    plain = nn.BatchNorm2d(CHANNELS)
+    plain.load_state_dict(norm.state_dict())
+    return plain
+
+
+def pictures(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 3, count).view(count, 1, 1, 1)
+    return scale * torch.randn(count, CHANNELS, 3, 4, generator=generator) + scale
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_outputs_and_gradients_are_those_of_a_batch_norm_for_each_group(groups):
+    split, x = trained(SplitBatchNorm2d(CHANNELS, groups)), pictures(12, seed=1)
+    separate = [plain_like(split) for _ in range(groups)]
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = split(own)
+    parts = other.chunk(groups)
+    expected = torch.cat([norm(part) for norm, part in zip(separate, parts, strict=True)])
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
+    for name in ("weight", "bias"):
+        summed = sum(getattr(norm, name).grad for norm in separate)
+        torch.testing.assert_close(getattr(split, name).grad, summed, rtol=1e-4, atol=1e-4)
+
+
+def test_running_statistics_are_the_mean_of_the_groups_own():
+    split = trained(SplitBatchNorm2d(CHANNELS, 3))
+    separate = [plain_like(split) for _ in range(3)]
+    for step in range(4):
+        x = pictures(12, seed=step)
+        split(x)
+        for norm, part in zip(separate, x.chunk(3), strict=True):
+            norm(part)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(norm, name) for norm in separate]).mean(dim=0)
+        torch.testing.assert_close(getattr(split, name), mean)
+    assert split.num_batches_tracked == 4
+
+
+def test_evaluation_is_plain_and_changes_nothing():
+    split = trained(SplitBatchNorm2d(CHANNELS, 4)).eval()
+    before = copy.deepcopy(split.state_dict())
+    x = pictures(7, seed=3)
+    torch.testing.assert_close(split(x), plain_like(split).eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(split.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_batch_that_the_groups_do_not_divide_is_named():
+    with pytest.raises(ValueError, match="a batch of 10 cannot be split into 4 equal groups"):
+        SplitBatchNorm2d(CHANNELS, 4)(pictures(10, seed=0))
+
+
+def test_state_dict_names_are_those_of_a_plain_batch_norm():
+    split, plain = SplitBatchNorm2d(CHANNELS, 2), nn.BatchNorm2d(CHANNELS)
+    assert list(split.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(split.state_dict())
+
+
+def test_replacing_keeps_the_weights_and_leaves_no_plain_batch_norm():
+    network = nn.Sequential(nn.Sequential(trained(nn.BatchNorm2d(CHANNELS))), nn.ReLU())
+    before = copy.deepcopy(network.state_dict())
+    split_batch_norms(network, 4)
+    assert network[0][0].groups == 4
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+# Each of them is accepted or refused; what must not be is a network that keeps one group.
+@pytest.mark.parametrize(
+    "backbone",
+    ["resnet18", "resnet18d", "seresnet18", "resnext50_32x4d", "resnetv2_18", "skresnet18"],
+)
+def test_an_encoder_with_groups_has_no_batch_norm_over_the_whole_batch(backbone):
+    try:
+        with torch.device("meta"):
+            encoder = Encoder(EncoderConfig(backbone=backbone), batch_norm_groups=4)
+    except ValueError as error:
+        assert backbone in str(error)
+        return
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert {getattr(norm, "groups", 1) for norm in norms} == {4}

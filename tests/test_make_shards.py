@@ -1,0 +1,403 @@
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.packing import ShardJob, pack_shard, plan_shards
+from pipeline.shard_format import read_manifest
+from pipeline.shard_store import ShardStore
+from pipeline.sources import SourcePicture
+from pipeline.validate import Limits
+
+PROGRAM = Path(__file__).resolve().parents[1] / "pipeline" / "make_shards.py"
+
+
+def command(*arguments):
+    return [sys.executable, str(PROGRAM), *map(str, arguments)]
+
+
+def make_shards(*arguments, cwd):
+    """Run the program as people do, from another folder."""
+    return subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def packed(*arguments, cwd):
+    """Run the program, which must succeed."""
+    done = make_shards(*arguments, "--workers", 1, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def lines_of(path):
+    """What a JSON lines file says of each file."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row.pop("file"): next(iter(row.values())) for row in rows}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def samples_of(folder):
+    """Picture and label of each key."""
+    store = ShardStore(folder)
+    return {
+        store.key(shard, index): (store.picture(shard, index).tobytes(), int(record["label"]))
+        for shard in range(len(store.manifest.shards))
+        for index, record in enumerate(store.records(shard))
+    }
+
+
+def save(root, name, data):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory, draw_photo, encode):
+    """A folder with everything that a folder of pictures should not have."""
+    root = tmp_path_factory.mktemp("odd") / "pictures"
+    scene = draw_photo(1, 80, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(root, "ant/plain.jpg", encode(scene))
+    save(root, "ant/grey.jpg", encode(scene.convert("L")))
+    save(root, "ant/with space (1).jpg", encode(draw_photo(2)))
+    save(root, "ant/v1.2.jpg", encode(draw_photo(3)))
+    save(root, "ant/Same.jpg", encode(draw_photo(4)))
+    save(root, "ant/same.jpg", encode(draw_photo(5)))
+    save(root, "bee/photo.png", encode(scene, "PNG"))
+    save(root, "bee/photo.jpg", encode(scene.convert("CMYK")))
+    save(root, "bee/alpha.png", encode(scene.convert("RGBA"), "PNG"))
+    save(root, "bee/rotated.jpg", encode(scene, exif=exif))
+    deep = Image.fromarray(np.full((20, 30), 65_535, dtype=np.uint16))
+    save(root, "bee/deep.png", encode(deep, "PNG"))
+    save(root, "кошка/写真.jpg", encode(draw_photo(6)))
+    save(root, "кошка/progressive.jpg", encode(scene, progressive=True))
+    save(root, "ant/truncated.jpg", encode(scene)[:800])
+    save(root, "bee/empty.jpg", b"")
+    save(root, "bee/page.jpg", b"<html>404</html>")
+    save(root, "bee/notes.txt", b"not a picture")
+    (root / "ant" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "ant" / "dangling.jpg").symlink_to("nowhere.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def odd_set(odd_folder, tmp_path_factory):
+    """Shards of ``odd_folder``, made by one process."""
+    output = tmp_path_factory.mktemp("packed") / "shards"
+    packed(odd_folder, output, "--shard-samples", 4, cwd=output.parent)
+    return output
+
+
+def test_every_usable_picture_is_in_the_shards_once(odd_set, odd_folder):
+    samples = samples_of(odd_set)
+    assert len(samples) == read_manifest(odd_set).samples == 13
+    assert samples["ant/plain"] == ((odd_folder / "ant/plain.jpg").read_bytes(), 0)
+
+
+def test_class_folders_become_labels(odd_set):
+    classes = read_manifest(odd_set).classes
+    assert [unicodedata.normalize("NFC", name) for name in classes] == ["ant", "bee", "кошка"]
+    labels = {key: label for key, (_, label) in samples_of(odd_set).items()}
+    assert labels["ant/grey"] == 0 and labels["bee/rotated"] == 1
+    assert sorted(labels.values()) == [0] * 6 + [1] * 5 + [2] * 2
+
+
+def test_what_is_broken_is_left_out_and_listed_with_its_reason(odd_set):
+    refused = lines_of(odd_set / "refused.jsonl")
+    assert sorted(refused) == ["ant/truncated.jpg", "bee/empty.jpg", "bee/page.jpg"]
+    assert "truncated" in refused["ant/truncated.jpg"]
+    assert refused["bee/empty.jpg"] == "empty file"
+    assert refused["bee/page.jpg"] == "not a picture in a known format"
+
+
+def test_what_was_transcoded_is_listed_with_what_it_was(odd_set):
+    assert lines_of(odd_set / "changed.jsonl") == {
+        "bee/alpha.png": "was PNG",
+        "bee/deep.png": "was PNG",
+        "bee/photo.jpg": "was CMYK",
+        "bee/photo.png": "was PNG",
+        "bee/rotated.jpg": "was rotated by EXIF",
+        "кошка/progressive.jpg": "was progressive",
+    }
+
+
+def test_every_stored_picture_is_a_baseline_jpeg_of_the_indexed_size(odd_set):
+    store = ShardStore(odd_set)
+    for shard in range(len(store.manifest.shards)):
+        for index, record in enumerate(store.records(shard)):
+            image = Image.open(io.BytesIO(store.picture(shard, index)))
+            assert image.format == "JPEG" and image.mode in ("RGB", "L")
+            assert not image.info.get("progressive")
+            assert image.size == (record["width"], record["height"])
+
+
+def test_odd_names_give_unique_plain_keys(odd_set):
+    keys = list(samples_of(odd_set))
+    assert all(re.fullmatch(r"[A-Za-z0-9_/-]+", key) for key in keys)
+    assert len({key.lower() for key in keys}) == 13
+    assert sum(key.lower().startswith("ant/same-") for key in keys) == 2
+
+
+def test_shards_hold_no_more_pictures_than_asked_for(odd_set):
+    assert [shard.samples <= 4 for shard in read_manifest(odd_set).shards] == [True] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_pictures_give_the_same_bytes_for_any_number_of_processes(
+    odd_set, odd_folder, tmp_path, workers
+):
+    again = tmp_path / "again"
+    done = make_shards(
+        *(odd_folder, again, "--shard-samples", 4, "--workers", workers), cwd=tmp_path
+    )
+    assert done.returncode == 0 and names_in(again) == names_in(odd_set)
+    for name in names_in(odd_set):
+        assert (again / name).read_bytes() == (odd_set / name).read_bytes(), name
+
+
+def test_another_seed_gives_another_order_of_the_same_pictures(odd_set, odd_folder, tmp_path):
+    packed(odd_folder, "other", "--shard-samples", 4, "--seed", 1, cwd=tmp_path)
+    ours, others = samples_of(odd_set), samples_of(tmp_path / "other")
+    assert ours == others and list(ours) != list(others)
+
+
+def test_a_flat_folder_gives_pictures_without_labels(tmp_path, draw_photo, encode):
+    for number in range(3):
+        save(tmp_path / "flat", f"{number}.jpg", encode(draw_photo(number)))
+    done = packed("flat", "shards", cwd=tmp_path)
+    assert read_manifest(tmp_path / "shards").classes == () and "none (flat)" in done.stdout
+    assert {label for _, label in samples_of(tmp_path / "shards").values()} == {-1}
+    expected = ["manifest.json", "shard-000000.index", "shard-000000.tar"]
+    assert names_in(tmp_path / "shards") == expected
+
+
+def test_the_report_counts_what_was_packed_changed_and_refused(odd_folder, tmp_path):
+    text = packed(odd_folder, tmp_path / "out", cwd=tmp_path).stdout
+    rows = dict(re.findall(r"│ ([a-z ]+?) +│ ([\d,]+)", text))
+    assert (rows["pictures"], rows["transcoded"], rows["refused"]) == ("13", "6", "3")
+    assert rows["not pictures"] == "1" and "refused.jsonl" in text
+
+
+def test_the_report_shows_the_name_of_the_output_as_it_is(picture_folder, tmp_path):
+    output = tmp_path / "set[v2] :cat:" / "[" / "x]"
+    text = packed(picture_folder, output, cwd=tmp_path).stdout
+    assert "set[v2] :cat:/[/x]" in text.replace("\n", "")
+
+
+WRONG_INPUTS = {
+    "absent out": "the source absent does not exist",
+    "empty out": "the source empty holds no pictures",
+    "file out": "the source file is a file",
+    "broken out": "none of the 1 files of broken is a usable picture",
+    "pictures done": "done already holds finished shards",
+    "pictures full": "full is not empty",
+    "pictures file": "error: file: ",
+    "pictures file/out": "file/out: a part of the path is a file",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG_INPUTS.items(), ids=WRONG_INPUTS)
+@pytest.mark.usefixtures("picture_folder")
+def test_a_wrong_input_is_one_line_code_2_and_leaves_nothing(tmp_path, words, message):
+    save(tmp_path, "file", b"")
+    save(tmp_path, "broken/1.jpg", b"")
+    save(tmp_path, "done/manifest.json", b"{}")
+    save(tmp_path, "full/thesis.txt", b"precious")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    done = make_shards(*words.split(), cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_made_on_the_way_to_the_output_go_as_well(tmp_path):
+    save(tmp_path, "broken/1.jpg", b"")
+    assert make_shards("broken", "new/deep/out", cwd=tmp_path).returncode == 2
+    assert names_in(tmp_path) == ["broken"]
+
+
+@pytest.mark.parametrize(
+    "words", ["--shard-mib 0", "--shard-samples 0", "--workers -1", "--seed -1", "--shrad-mib 5"]
+)
+def test_a_wrong_number_or_flag_is_code_2_and_leaves_nothing(picture_folder, tmp_path, words):
+    done = make_shards(picture_folder, "out", *words.split(), cwd=tmp_path)
+    assert done.returncode == 2 and words.split()[0] in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_shards_of_other_software_in_the_output_are_not_touched(picture_folder, tmp_path):
+    # WebDataset's own examples call their files just so.
+    save(tmp_path, "foreign/shard-000000.tar", b"a year of work")
+    done = make_shards(picture_folder, "foreign", cwd=tmp_path)
+    assert done.returncode == 2 and "is not empty" in done.stderr
+    assert (tmp_path / "foreign/shard-000000.tar").read_bytes() == b"a year of work"
+
+
+@pytest.fixture
+def long_work(request, tmp_path, draw_photo):
+    """A process that has much to pack, with two workers that have begun, and its output.
+
+    Its shards have 5 pictures, or as many as the test's parameter says.
+    """
+    shard_samples = getattr(request, "param", 5)
+    (tmp_path / "many").mkdir()
+    draw_photo(0, 900, 600).save(tmp_path / "one.png")
+    for number in range(3000):
+        os.link(tmp_path / "one.png", tmp_path / "many" / f"{number}.png")
+    process = subprocess.Popen(
+        command("many", "out", "--shard-samples", shard_samples, "--workers", 2),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives it
+    )
+    begun = "shard-*.tar" if shard_samples == 5 else ".shard-*.part"
+    wait_until(lambda: any((tmp_path / "out").glob(begun)))
+    yield process, tmp_path / "out"
+    if group_lives(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_until(happened, timeout_s=30):
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def group_lives(group):
+    """Whether a process of the group runs (one that nobody has waited for does not)."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = entry.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
+    return False
+
+
+@pytest.mark.parametrize("long_work", [5, 1500], indirect=True, ids=["small", "large"])
+def test_ctrl_c_ends_it_at_once_and_leaves_nothing_behind(long_work):
+    process, output = long_work
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=8)[1] == "interrupted\n"
+    assert process.returncode == 130 and not output.exists()
+    wait_until(lambda: not group_lives(process.pid))
+
+
+def test_a_polite_kill_leaves_nothing_behind(long_work):
+    process, output = long_work
+    process.terminate()
+    process.wait(timeout=60)
+    wait_until(lambda: not group_lives(process.pid))
+    assert process.returncode not in (0, 1) and not output.exists()
+
+
+def test_a_hard_kill_leaves_no_manifest_no_workers_and_can_be_begun_anew(
+    long_work, picture_folder, tmp_path
+):
+    process, output = long_work
+    process.kill()
+    process.wait()
+    wait_until(lambda: not group_lives(process.pid))
+    assert not (output / "manifest.json").exists()
+    packed(picture_folder, output, cwd=tmp_path)
+    names = picture_folder.rglob("*.jpg")
+    assert samples_of(output).keys() == {f"{path.parent.name}/{path.stem}" for path in names}
+    visible = [name for name in names_in(output) if not name.startswith(".")]
+    assert visible == ["manifest.json", "shard-000000.index", "shard-000000.tar"]
+
+
+def pictures_of_sizes(tmp_path, sizes):
+    for number, size in enumerate(sizes):
+        save(tmp_path, f"{number}.jpg", bytes(size))
+    return [SourcePicture(str(n), tmp_path / f"{n}.jpg", f"{n}.jpg", -1) for n in range(len(sizes))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shard_bytes", "shard_samples", "plan"),
+    [
+        ([10] * 5, 1000, 2, [2, 2, 1]),
+        ([10] * 5, 30, 100, [3, 2]),
+        ([10, 500, 10], 30, 100, [1, 1, 1]),  # a picture larger than a shard has one of its own
+        ([30, 30], 30, 100, [1, 1]),
+        ([5], 1, 1, [1]),
+    ],
+)
+def test_a_shard_ends_at_its_bytes_or_its_pictures(
+    tmp_path, sizes, shard_bytes, shard_samples, plan
+):
+    pictures = pictures_of_sizes(tmp_path, sizes)
+    shards = plan_shards(pictures, Path("out"), shard_bytes, shard_samples)
+    assert [len(group) for _, group in shards] == plan
+    assert [picture for _, group in shards for picture in group] == pictures
+    assert [path.name for path, _ in shards] == [f"shard-{n:06d}.tar" for n in range(len(plan))]
+
+
+def test_a_picture_that_is_gone_when_its_turn_comes_is_refused(tmp_path, draw_photo, encode):
+    pictures = pictures_of_sizes(tmp_path, [0, 0])
+    save(tmp_path, "1.jpg", encode(draw_photo(0)))
+    plan = plan_shards(pictures, tmp_path, 100_000, 100)
+    (tmp_path / "0.jpg").unlink()
+    result = pack_shard(ShardJob(*plan[0], Limits()))
+    assert result.refused == [("0.jpg", "cannot be read: No such file or directory")]
+    assert result.info.samples == 1 and result.class_counts == {-1: 1}
+
+
+def test_a_shard_without_a_usable_picture_is_not_written(tmp_path):
+    job = ShardJob(tmp_path / "shard-000000.tar", pictures_of_sizes(tmp_path, [9, 9]), Limits())
+    result = pack_shard(job)
+    assert result.info is None and len(result.refused) == 2
+    assert names_in(tmp_path) == ["0.jpg", "1.jpg"]
+
+
+@pytest.fixture(scope="module")
+def messy(test_data, tmp_path_factory):
+    """The messy pack, unpacked and packed again."""
+    folder = tmp_path_factory.mktemp("messy")
+    with tarfile.open(test_data / "messy.tar") as tar:
+        tar.extractall(folder, filter="data")
+    packed("messy", "shards", cwd=folder)
+    return folder
+
+
+def test_of_the_messy_pack_the_good_is_packed_and_the_bad_refused(messy):
+    rows = (messy / "messy" / "MANIFEST.tsv").read_text().splitlines()[1:]
+    verdicts = dict(row.split("\t")[:2] for row in rows)
+    refused = {f"messy/{name}" for name in lines_of(messy / "shards" / "refused.jsonl")}
+    kinds = [verdicts[name] for name in refused]
+    assert kinds.count("bad") >= 40 and set(kinds) <= {"bad", "odd"}
+    accepted = read_manifest(messy / "shards").samples
+    assert accepted >= 100 and not any(verdicts[name] == "control" for name in refused)
+
+
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO file:UserWarning")
+def test_every_picture_of_the_messy_pack_that_was_accepted_decodes(messy, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    store = ShardStore(messy / "shards")
+    for shard in range(len(store.manifest.shards)):
+        for index, record in enumerate(store.records(shard)):
+            image = Image.open(io.BytesIO(store.picture(shard, index)), formats=["JPEG"])
+            image.load()
+            assert image.size == (record["width"], record["height"])

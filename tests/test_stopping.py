@@ -1,0 +1,72 @@
+"""A signal stops the loop after a whole step, on all ranks after the same one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model.collectives import rank
+from model.stopping import StopRequest
+from tests.run_in_processes import run_in_processes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def loop(steps, signals):
+    """The step that a loop stopped after, and for which signal.
+
+    ``signals`` are (rank, step, number): what a process gets in the middle of which step.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop, step = StopRequest(), 0
+    try:
+        while step < steps:
+            step += 1
+            for who, when, number in signals:
+                if (who, when) == (rank(), step):
+                    os.kill(os.getpid(), number)
+            time.sleep(0.005)
+            if stop.agreed():
+                break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return step, int(stop.signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_loop_after_the_step_that_it_came_in(number):
+    assert loop(10, [(0, 4, number)]) == (4, number)
+
+
+def test_without_a_signal_the_loop_goes_to_its_end():
+    assert loop(5, []) == (5, 0)
+
+
+def test_a_signal_to_one_rank_stops_both_one_step_later():
+    signals = [(1, 4, int(signal.SIGTERM))]
+    assert run_in_processes(2, loop, 10, signals) == [(5, signal.SIGTERM)] * 2
+
+
+def test_two_ranks_without_a_signal_go_to_the_end():
+    assert run_in_processes(2, loop, 5, []) == [(5, 0)] * 2
+
+
+def test_a_second_signal_is_the_launchers_echo_and_a_third_ends_the_process_at_once():
+    program = (
+        "import os, signal, time\n"
+        "from model.stopping import StopRequest\n"
+        "stop = StopRequest()\n"
+        "for count in range(1, 4):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(count, stop.agreed(), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "1 True\n2 True\n"
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "stopping at once\n")

@@ -1,0 +1,618 @@
+"""The program: recipes, Algorithm 1, resume, interruption, wrong input, two processes."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+import train
+from eval.judged import checkpoint_encoder, open_checkpoint
+from model.checkpoint import load_checkpoint
+from model.encoder import EncoderConfig
+from model.key_queue import KeyQueue
+from model.moco import MoCo, MoCoConfig
+from pipeline.loader import PairBatch
+from pipeline.settings import from_plain, to_plain
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["demo", "--encoder.backbone", "test_resnet", "--encoder.stem", "imagenet",
+        "--encoder.dim", "16", "--moco.queue", "20", "--batch", "8", "--data.threads", "1",
+        "--log-every", "1", "--optimiser.lr", "0.01"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_of_the_cpu():
+    """Sums of floats are bitwise the same only with as many threads in every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+def command(*words):
+    """What ``python train.py WORDS`` does, in this process: its exit code, output and errors."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *map(str, words)])
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def trained(output, shards, *words):
+    """The folder of a run that went to its end."""
+    done = command(*TINY, "--data.shards", shards, "--output", output, *words)
+    assert (done.code, done.err) == (0, "")
+    return output
+
+
+def logged(run, *names):
+    lines = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return [[line[name] for name in ("step", *names)] for line in lines if names[0] in line]
+
+
+def assert_same_checkpoint(run, other, step):
+    first, second = (load_checkpoint(folder / f"step-{step:09d}") for folder in (run, other))
+    torch.testing.assert_close(first.tensors, second.tensors, rtol=0, atol=0)
+    assert first.state["queue_place"] == second.state["queue_place"]
+    assert first.state["optimiser"] == second.state["optimiser"]
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory, shard_set):
+    """A run of six steps, longer than an epoch of five, with checkpoints after 3 and 6."""
+    output = tmp_path_factory.mktemp("six") / "run"
+    return trained(output, shard_set, "--steps", "6", "--save-every", "3")
+
+
+# The recipes -------------------------------------------------------------------------------------
+
+
+def numbers_of(recipe):
+    """What section 3.3 of the paper and the official defaults name, of one of our recipes."""
+    config = train.RECIPES[recipe]
+    encoder, moco, optimiser = config.encoder, config.moco, config.optimiser
+    return {
+        "backbone": (encoder.backbone, encoder.layers, encoder.stem),
+        "head": (encoder.head, encoder.dim),
+        "K, m, T": (moco.queue, moco.momentum, moco.temperature),
+        "batch norm": (moco.batch_norm, moco.batch_norm_groups),
+        "SGD": (optimiser.lr, optimiser.momentum, optimiser.weight_decay),
+        "schedule": optimiser.schedule,
+        "batch, epochs": (config.batch, config.epochs),
+        "precision": config.precision,
+        "views": (config.data.views, config.data.image_px),
+    }
+
+
+def test_moco_v1_is_the_published_recipe():
+    assert numbers_of("moco-v1") == {
+        "backbone": ("resnet50", None, "imagenet"),
+        "head": ("linear", 128),
+        "K, m, T": (65536, 0.999, 0.07),
+        "batch norm": ("shuffle", 8),
+        "SGD": (0.03, 0.9, 1e-4),
+        "schedule": "steps",
+        "batch, epochs": (256, 200),
+        "precision": "no",
+        "views": ("moco-v1", 224),
+    }
+    optimiser = train.RECIPES["moco-v1"].optimiser
+    assert [milestone * 200 for milestone in optimiser.milestones] == [120, 160]
+    assert optimiser.factor == 0.1
+
+
+def test_moco_v2_is_the_published_recipe():
+    assert numbers_of("moco-v2") == {
+        "backbone": ("resnet50", None, "imagenet"),
+        "head": ("mlp", 128),
+        "K, m, T": (65536, 0.999, 0.2),
+        "batch norm": ("shuffle", 8),
+        "SGD": (0.03, 0.9, 1e-4),
+        "schedule": "cosine",
+        "batch, epochs": (256, 200),
+        "precision": "no",
+        "views": ("moco-v2", 224),
+    }
+
+
+def test_cifar10_is_the_authors_notebook():
+    assert numbers_of("cifar10") == {
+        "backbone": ("resnet18", None, "cifar"),
+        "head": ("linear", 128),
+        "K, m, T": (4096, 0.99, 0.1),
+        "batch norm": ("shuffle", 8),
+        "SGD": (0.06, 0.9, 5e-4),
+        "schedule": "cosine",
+        "batch, epochs": (512, 200),
+        "precision": "no",
+        "views": ("cifar10", 32),
+    }
+    data = train.RECIPES["cifar10"].data
+    assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+@pytest.mark.parametrize("recipe", ["moco-v1", "moco-v2"])
+def test_the_imagenet_recipes_normalise_as_torchvision(recipe):
+    data = train.RECIPES[recipe].data
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert data.eval_resize_px == 256
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_recipe_survives_the_way_through_json(recipe):
+    config = train.RECIPES[recipe]
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert from_plain(train.TrainConfig, plain, "here") == config
+    assert config.recipe == recipe
+
+
+# Algorithm 1 -------------------------------------------------------------------------------------
+
+
+def algorithm_1(moco, queue_KD, pairs, config):
+    """Algorithm 1 of the paper, line by line, in float64; yields loss, queue and f_k."""
+    f_q, f_k = (copy.deepcopy(encoder).double() for encoder in (moco.encoder_q, moco.encoder_k))
+    queue_KD, m, t = queue_KD.double(), config.moco.momentum, config.moco.temperature
+    velocity = [torch.zeros_like(parameter) for parameter in f_q.parameters()]
+    for x_q, x_k in pairs:
+        q_ND = F.normalize(f_q.head(f_q.backbone(x_q.double())), dim=1)
+        with torch.no_grad():
+            k_ND = F.normalize(f_k.head(f_k.backbone(x_k.double())), dim=1)
+        l_pos = torch.einsum("nd,nd->n", q_ND, k_ND)[:, None]
+        l_neg = torch.einsum("nd,kd->nk", q_ND, queue_KD)
+        logits = torch.cat([l_pos, l_neg], dim=1)
+        loss = F.cross_entropy(logits / t, torch.zeros(len(logits), dtype=torch.long))
+        gradients = torch.autograd.grad(loss, list(f_q.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(f_q.parameters(), velocity, gradients, strict=True):
+                v.mul_(config.optimiser.momentum).add_(g + config.optimiser.weight_decay * p)
+                p -= config.optimiser.lr * v
+            for p_k, p_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
+                p_k.copy_(m * p_k + (1 - m) * p_q)
+        queue_KD = torch.cat([queue_KD, k_ND])[k_ND.shape[0] :]
+        yield loss.item(), queue_KD, dict(f_k.named_parameters())
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A ``train.Run`` without a loader.
+
+    Its batch norm is fixed: with the statistics of a few pictures rounding grows tenfold a step.
+    """
+    config = dataclasses.replace(
+        train.RECIPES["demo"],
+        encoder=EncoderConfig(backbone="test_resnet", dim=16),
+        moco=MoCoConfig(queue=24, momentum=0.9, temperature=0.2, batch_norm="none"),
+        optimiser=dataclasses.replace(train.RECIPES["demo"].optimiser, lr=0.03),
+        batch=16,
+    )
+    torch.manual_seed(0)
+    moco, queue = MoCo(config.encoder, config.moco, 16, seed=0), KeyQueue(24, 16, seed=0)
+    moco.eval()
+    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": config.optimiser.weight_decay}
+    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), **settings)
+    accelerator = Accelerator()
+    wrapped, optimizer = accelerator.prepare(moco, optimizer)
+    return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, None)
+
+
+def pairs_of_views(steps):
+    """Random pictures, each in two views that are alike."""
+    generator = torch.Generator().manual_seed(0)
+    pictures, noise = torch.randn(2, steps, 16, 3, 32, 32, generator=generator)
+    return torch.stack([pictures, pictures + 0.5 * noise], dim=1)
+
+
+def test_twenty_steps_are_algorithm_1_of_the_paper(tiny_run):
+    queue, keys = tiny_run.queue, tiny_run.moco.encoder_k
+    pairs = pairs_of_views(20)
+    reference = algorithm_1(tiny_run.moco, queue.rows_KD.clone(), pairs, tiny_run.config)
+    for step, (expected_loss, expected_queue_KD, expected) in enumerate(reference):
+        batch = PairBatch(*pairs[step], step, None, None, 0)
+        loss, _ = train.train_step(tiny_run, batch, with_accuracy=True)
+        assert loss.item() == pytest.approx(expected_loss, abs=1e-3)
+        oldest_first_KD = torch.roll(queue.rows_KD, -queue.place, dims=0)
+        torch.testing.assert_close(oldest_first_KD.double(), expected_queue_KD, rtol=0, atol=1e-3)
+        # Here a key encoder moves at the start of the next step.
+        followed = copy.deepcopy(tiny_run.moco)
+        followed.move_key_encoder()
+        for name, parameter in followed.encoder_k.named_parameters():
+            difference = (parameter.double() - expected[name]).norm()
+            assert difference <= 1e-3 * expected[name].norm() + 1e-4, name
+    assert not any(parameter.requires_grad for parameter in keys.parameters())
+
+
+def test_a_positive_is_never_among_its_negatives(tiny_run):
+    """Two equal views and keys that are all far away: unless it is in the queue, a key is found."""
+    view = pairs_of_views(1)[0, 0]
+    query_ND = tiny_run.moco.encoder_q(view).detach()
+    tiny_run.queue.rows_KD.copy_(-query_ND[[0] * 24])
+    batch = PairBatch(view, view, 0, None, None, 0)
+    loss, accuracy = train.train_step(tiny_run, batch, with_accuracy=True)
+    similarity_N = query_ND @ -query_ND[0]
+    expected = (24 * ((similarity_N - 1) / 0.2).exp()).log1p().mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert accuracy == 1.0
+    assert tiny_run.queue.place == 16
+
+
+# Resume ------------------------------------------------------------------------------------------
+
+
+def test_six_steps_are_three_and_a_resume_and_three_bit_by_bit(six_steps, shard_set, tmp_path):
+    killed = shutil.copytree(six_steps, tmp_path / "run")
+    shutil.rmtree(killed / "step-000000006")  # killed after six steps, before they were saved
+    trained(killed, shard_set, "--steps", "6", "--save-every", "3", "--resume")
+    assert_same_checkpoint(killed, six_steps, 6)
+    names = ("loss", "pretext_accuracy", "learning_rate")
+    assert logged(killed, *names) == logged(six_steps, *names)
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval_and_is_said(six_steps, shard_set, tmp_path):
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    (run / "step-000000006" / "queue.safetensors").write_bytes(b"")
+    done = command(*TINY, "--data.shards", shard_set, "--output", run, "--steps", "6", "--resume")
+    assert done.code == 0
+    assert "queue.safetensors is damaged" in done.out
+    assert "resumed after step 3" in done.out
+    assert_same_checkpoint(run, six_steps, 6)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(shard_set, tmp_path):
+    words = [*TINY, "--data.shards", str(shard_set), "--steps", "60", "--output"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *words, "run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = next(line for line in process.stdout if line.startswith("step 2/60"))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (128 + signal.SIGINT, "")
+    (folder,) = (tmp_path / "run").glob("step-*")
+    step = load_checkpoint(folder).step
+    assert 2 <= step < 60, seen
+    assert f"stopped by SIGINT after step {step} of 60 and saved" in out
+    done = command(*words, tmp_path / "run", "--resume")
+    assert f"resumed after step {step} " in done.out
+    whole = trained(tmp_path / "whole", shard_set, "--steps", "60")
+    assert_same_checkpoint(tmp_path / "run", whole, 60)
+    assert logged(tmp_path / "run", "loss") == logged(whole, "loss")
+
+
+def test_a_longer_run_may_be_asked_for_and_is_said(six_steps, shard_set, tmp_path):
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    words = ("--data.shards", shard_set, "--output", run, "--steps", "8", "--resume")
+    done = command(*TINY, *words)
+    assert done.code == 0
+    assert "note: steps is 8 and was 6; the schedule follows it" in done.out
+    assert load_checkpoint(run / "step-000000008").step == 8
+
+
+def test_the_settings_that_a_run_wrote_are_the_input_of_the_next(six_steps, tmp_path):
+    done = command("--config", six_steps / "config.json", "--output", tmp_path / "next")
+    assert (done.code, done.err) == (0, "")
+    assert_same_checkpoint(tmp_path / "next", six_steps, 6)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    (tmp_path / "some.json").write_text('{"batch": 12, "moco": {"queue": 5, "momentum": 0.5}}')
+    words = ["demo", "--config", str(tmp_path / "some.json"), "--moco.queue", "7"]
+    config = train.parse_arguments(words)
+    assert (config.batch, config.moco.queue, config.moco.momentum) == (12, 7, 0.5)
+    assert config.moco.temperature == train.RECIPES["demo"].moco.temperature
+
+
+def test_the_optimiser_has_the_rate_that_is_logged(six_steps):
+    rates = dict(logged(six_steps, "learning_rate"))
+    assert rates[5] == 0.01  # the first of two epochs
+    assert rates[6] == pytest.approx(0.005)
+    for step in (3, 6):
+        state = load_checkpoint(six_steps / f"step-{step:09d}").state
+        assert [group["lr"] for group in state["optimiser"]["groups"]] == [rates[step]]
+
+
+# What a run leaves and says ----------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_settings_log_curve_and_checkpoints(six_steps):
+    left = {path.name for path in six_steps.iterdir()}
+    steps = {"step-000000003", "step-000000006"}
+    assert left == {"config.json", "run.jsonl", "curve.png", "tensorboard"} | steps
+    assert [step for step, _ in logged(six_steps, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert not list(six_steps.rglob("*.part"))
+
+
+def test_a_knn_score_during_the_run_changes_nothing_of_it(six_steps, shard_set, tmp_path):
+    judged = ("--knn-train", shard_set, "--knn-test", shard_set, "--knn-every", "2")
+    run = trained(tmp_path / "run", shard_set, "--steps", "6", "--save-every", "3", *judged)
+    assert_same_checkpoint(run, six_steps, 6)
+    scores = logged(run, "knn_top1")
+    assert [step for step, _ in scores] == [2, 4, 6]
+    assert all(0 <= score <= 1 for _, score in scores)
+
+
+def test_the_untrained_encoder_of_an_evaluation_is_the_runs_own_at_step_0(shard_set, tmp_path):
+    still = ("--optimiser.lr", "0", "--steps", "1", "--seed", "5")
+    run = trained(tmp_path / "run", shard_set, *still)
+    found = open_checkpoint(run, pytest.fail)
+    judged = checkpoint_encoder(found, "bicubic", untrained=True)
+    for name, parameter in judged.network.named_parameters():
+        assert torch.equal(parameter, found.tensors["encoder_q"][f"backbone.{name}"]), name
+
+
+def test_a_queue_that_is_long_for_the_data_is_noted(shard_set, tmp_path):
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "1")
+    done = command(*TINY, *words)
+    assert "the queue of 20 keys is longer than a quarter of the 40 pictures" in done.out
+    assert "4 batch-norm groups of 2" in done.out
+
+
+def test_a_run_that_diverges_ends_with_one_line(shard_set, tmp_path):
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "9")
+    done = command(*TINY, *words, "--optimiser.lr", "1e30")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert "the run has diverged" in done.err
+    assert "--optimiser.lr" in done.err
+
+
+# Wrong input -------------------------------------------------------------------------------------
+
+WRONG = {
+    "a misspelt recipe": (["moco-v22"], r"no recipe 'moco-v22'.*Did you mean moco-v2\?"),
+    "no recipe": ([], "no recipe: the first word is one of moco-v1, moco-v2, cifar10, demo"),
+    "no shards": ([*TINY], "give the folder that make_shards wrote with --data.shards"),
+    "shards that are not there": ([*TINY, "--data.shards", "nowhere"], "nowhere is not a folder"),
+    "shards without an index": ([*TINY, "--data.shards", "no_index"], "index is missing"),
+    "unfinished shards": ([*TINY, "--data.shards", "unfinished"], "no manifest.json"),
+    "a batch above the data": ([*TINY, "--batch", "48"], "48 is larger .* which has 40 pictures"),
+    "a batch of odd groups": ([*TINY, "--batch", "6"], "batch of 6 .*--moco.batch-norm-groups"),
+    "a misspelt backbone": ([*TINY, "--encoder.backbone", "resnt18"], "near names: .*resnet18"),
+    "two stages": ([*TINY, "--encoder.layers", "1", "1"], "--encoder.layers"),
+    "kNN shards that are not there": (
+        [*TINY, "--steps", "1", "--knn-train", "nowhere", "--knn-test", "nowhere"],
+        "nowhere is not a folder",
+    ),
+    "kNN shards without labels": (
+        [*TINY, "--steps", "1", "--knn-train", "no_labels", "--knn-test", "no_labels"],
+        "no_labels has no labels",
+    ),
+    "a missing file of settings": (["demo", "--config", "nowhere.json"], "nowhere.json: no such"),
+    "settings that are no JSON": (["demo", "--config", "broken.json"], "is not JSON"),
+    "a misspelt setting": (
+        ["demo", "--config", "misspelt.json"],
+        "no setting 'temprature'; did you mean 'temperature'",
+    ),
+    "a setting out of range": (["demo", "--config", "range.json"], "--moco.temperature"),
+    "settings without a recipe": (["--config", "empty.json"], "recipe"),
+}
+FILES = {
+    "broken.json": "{",
+    "misspelt.json": '{"moco": {"temprature": 1.0}}',
+    "range.json": '{"moco": {"temperature": 0.0}}',
+    "empty.json": "{}",
+}
+
+
+@pytest.fixture
+def folder_of_mistakes(tmp_path, shard_set, monkeypatch):
+    """The current folder, with wrong files and wrong shards in it."""
+    for name in ("no_index", "unfinished", "no_labels"):
+        shutil.copytree(shard_set, tmp_path / name)
+    (tmp_path / "no_index" / "shard-000001.index").unlink()
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    manifest = tmp_path / "no_labels" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": []}))
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(what, folder_of_mistakes, shard_set):
+    words, message = WRONG[what]
+    if "--data.shards" not in words and what != "no shards":
+        words = [*words, "--data.shards", shard_set]
+    done = command(*words, "--output", "run")
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert not (folder_of_mistakes / "run").exists()
+
+
+OUT_OF_RANGE = [
+    ("--batch", "0"),
+    ("--steps", "0"),
+    ("--epochs", "0.0001"),
+    ("--epochs", "nan"),
+    ("--encoder.dim", "0"),
+    ("--encoder.dim", "-1"),
+    ("--data.image-px", "0"),
+    ("--data.image-px", "-5"),
+    ("--data.eval-resize-px", "8"),
+    ("--data.std", "0", "0.2", "0.2"),
+    ("--data.threads", "-1"),
+    ("--data.lanes", "3"),
+    ("--data.window", "0"),
+    ("--moco.queue", "0"),
+    ("--moco.temperature", "0"),
+    ("--optimiser.lr", "-1"),
+    ("--optimiser.lr", "nan"),
+    ("--seed", "-1"),
+]
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE, ids=" ".join)
+def test_a_number_out_of_range_is_refused_by_its_flag_and_leaves_nothing(
+    words, shard_set, tmp_path
+):
+    length = () if words[0] == "--epochs" else ("--steps", "2")
+    given = ("--data.shards", shard_set, "--output", tmp_path / "run", *length)
+    done = command(*TINY, *given, *words)
+    assert done.code == 2
+    assert words[0] in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(shard_set, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    done = command(*TINY, "--data.shards", shard_set, "--output", tmp_path / "run")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_run_without_a_folder_is_one_line(shard_set):
+    done = command(*TINY, "--data.shards", shard_set)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "give one with --output" in done.err
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(six_steps, shard_set):
+    before = snapshot(six_steps)
+    done = command(*TINY, "--data.shards", shard_set, "--output", six_steps, "--steps", "6")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "holds a run already: add --resume to go on" in done.err
+    assert snapshot(six_steps) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--encoder.backbone", "resnet18"], "encoder.backbone = test_resnet, now it is resnet18"),
+        (["--batch", "16"], "batch = 8, now it is 16"),
+        (["--moco.queue", "8"], "moco.queue = 20, now it is 8"),
+        (["--seed", "1"], "seed = 0, now it is 1"),
+    ],
+    ids=lambda value: "".join(value),
+)
+def test_a_resume_with_other_settings_is_refused(six_steps, shard_set, words, message):
+    before = snapshot(six_steps)
+    given = ("--data.shards", shard_set, "--output", six_steps, "--steps", "6", "--resume")
+    done = command(*TINY, *given, *words)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert message in done.err
+    assert snapshot(six_steps) == before
+
+
+def test_a_resume_on_another_data_set_is_refused(six_steps, tmp_path, pack_set, clean_pictures):
+    other = pack_set(tmp_path / "other", clean_pictures[::-1], (40,))
+    before = snapshot(six_steps)
+    done = command(*TINY, "--data.shards", other, "--output", six_steps, "--steps", "6", "--resume")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "was trained on data set" in done.err
+    assert snapshot(six_steps) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_resume_from_nothing_is_refused(tmp_path, shard_set, exists):
+    if exists:
+        (tmp_path / "run").mkdir()
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--resume")
+    done = command(*TINY, *words)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "holds no checkpoint" in done.err
+    assert not exists or not list((tmp_path / "run").iterdir())
+
+
+def test_the_corrected_command_may_use_the_same_folder(tmp_path, shard_set):
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "1")
+    assert command(*TINY, *words, "--batch", "48").code == 2
+    trained(tmp_path / "run", shard_set, "--steps", "1")
+
+
+# Two processes -----------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory, shard_set):
+    """The same run in this process and by ``accelerate launch`` in two."""
+    folder = tmp_path_factory.mktemp("two")
+    words = ["--data.shards", str(shard_set), "--steps", "5", "--batch", "16",
+             "--data.image-px", "64", "--data.eval-resize-px", "64"]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+              "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", free_port()]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU")  # the program finds out itself that there is no GPU
+    done = subprocess.run(
+        [*launch, ROOT / "train.py", *TINY, *words, "--output", "run"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    command(*TINY, *words, "--output", folder / "alone")
+    return folder / "alone", folder / "run", done
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_same_global_batches_as_one(one_and_two):
+    alone, both, _ = one_and_two
+    for (step, loss, rate), (_, expected, expected_rate) in zip(
+        logged(both, "loss", "learning_rate"), logged(alone, "loss", "learning_rate"), strict=True
+    ):
+        assert loss == pytest.approx(expected, abs=1e-5 if step == 1 else 3e-3)
+        assert rate == expected_rate
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_checkpoint_of_one(one_and_two):
+    alone, both = (load_checkpoint(run / "step-000000005").tensors for run in one_and_two[:2])
+    torch.testing.assert_close(both["queue"], alone["queue"], rtol=0, atol=0.02)
+    for encoder in ("encoder_q", "encoder_k"):
+        for name, tensor in alone[encoder].items():
+            difference = (both[encoder][name] - tensor).double().norm()
+            assert difference <= 1e-2 * tensor.double().norm() + 1e-3, name
+
+
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice(one_and_two):
+    _, _, done = one_and_two
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("step 5/5") for line in lines) == 1
+    assert sum("on 2 x cpu" in line for line in lines) == 1
+    assert done.stderr == ""
