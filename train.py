@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ from pipeline.loader import (
     make_order,
     open_store,
 )
+from pipeline.order import Order
 from pipeline.program import InputError, run_program
 from pipeline.settings import from_plain, to_plain
 from pipeline.shard_format import atomic_file
@@ -106,10 +108,10 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
-        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
-            raise InputError(
-                f"--steps {self.steps}, --epochs {self.epochs}: a run has at least one step"
-            )
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: give a number of at least 1")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs {self.epochs}: give a number above 0")
         if (self.knn_train is None) != (self.knn_test is None):
             raise InputError("--knn-train and --knn-test belong together: give both or none")
 
@@ -217,9 +219,9 @@ def main() -> None:
         state = RunState(moco, queue, optimizer, accelerator.scaler)
         if found:
             state.load(found)
-        total_steps = config.steps or round(config.epochs * loader.order.steps_per_epoch)
+        total_steps = length_in_steps(config, loader.order)
         for line in introduce(config, accelerator, loader, total_steps, found):
-            console.print(line, soft_wrap=True, highlight=False)
+            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
         run = Run(config, output, accelerator, loader, wrapped, queue, optimizer, state)
         train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
     accelerator.end_training()
@@ -275,7 +277,8 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             soft_wrap=True,
         )
         sys.exit(128 + stop.signal)
-    console.print(f"done: {step} steps, checkpoints and curve in {run.output}", soft_wrap=True)
+    line = f"done: {step} steps, checkpoints and curve in {run.output}"
+    console.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
 def train_step(run: Run, batch: PairBatch, *, with_accuracy: bool) -> tuple[Tensor, Tensor]:
@@ -371,6 +374,11 @@ def introduce(
         f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
         f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
     )
+    if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        yield (
+            "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
+            "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
     if moco.queue > order.samples // 4:
         yield (
             f"note: the queue of {moco.queue} keys is longer than a quarter of the "
@@ -392,7 +400,14 @@ def check(config: TrainConfig) -> None:
         InputError, EncoderError: naming what is wrong.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    make_order(open_store(config.data), config.data, config.batch, config.seed).batch(0, 0, world)
+    order = make_order(open_store(config.data), config.data, config.batch, config.seed)
+    order.batch(0, 0, world)
+    length_in_steps(config, order)
+    if config.data.eval_resize_px < config.data.image_px:
+        raise InputError(
+            f"--data.eval-resize-px {config.data.eval_resize_px} is smaller than the views of "
+            f"{config.data.image_px} px: give at least that"
+        )
     try:
         groups_per_process(config.moco, config.batch, world)
     except ValueError as error:
@@ -402,6 +417,21 @@ def check(config: TrainConfig) -> None:
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
             require_labels(ShardStore(shards))
+
+
+def length_in_steps(config: TrainConfig, order: Order) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        InputError: if there are none.
+    """
+    steps = config.steps or round(config.epochs * order.steps_per_epoch)
+    if steps < 1:
+        raise InputError(
+            f"--epochs {config.epochs} of {order.steps_per_epoch} steps is less than a step: give "
+            "more"
+        )
+    return steps
 
 
 def require_output(config: TrainConfig) -> Path:
@@ -432,7 +462,8 @@ def open_run(
     found = None
     holds_run = (output / LOG_NAME).exists() or bool(checkpoint_folders(output))
     if config.resume:
-        found = newest_checkpoint(output, lambda line: console.print(f"[yellow]{line}"))
+        warn = partial(console.print, style="yellow", markup=False, emoji=False)
+        found = newest_checkpoint(output, warn)
         refuse_other_run(config, found, data.manifest.sha256 if data else "")
     elif holds_run:
         raise InputError(f"{output} holds a run already: add --resume to go on, or choose another")
@@ -502,7 +533,10 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
             raise InputError(f"no recipe: the first word is one of {known}")
         default = RECIPES["moco-v2"]
     description = f"{__doc__}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
-    return tyro.cli(TrainConfig, default=default, args=rest, description=description)
+    try:
+        return tyro.cli(TrainConfig, default=default, args=rest, description=description)
+    except ValueError as error:  # a setting that its own class refuses
+        raise InputError(str(error)) from error
 
 
 def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:

@@ -277,7 +277,7 @@ def main() -> None:
     """Parse the command line, judge, print, write."""
     config = tyro.cli(KnnConfig, description=__doc__)
     console = Console()
-    judged = choose(config, lambda message: console.print(f"[yellow]{message}"))
+    judged = choose(config, lambda message: console.print(message, style="yellow", markup=False))
     device = choose_device(config.device)
     total = read_manifest(config.train).samples + read_manifest(config.test).samples
     columns = (

@@ -95,7 +95,7 @@ class RunReport:
 
     def note(self, message: str) -> None:
         """One line for the person who watches."""
-        self._console.print(message, soft_wrap=True, highlight=False)
+        self._console.print(message, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def steps(self, step: int, values: dict[str, float]) -> None:
         """Report ``step`` steps done; ``values`` by the names that the log and tracker use."""

@@ -38,6 +38,10 @@ class EncoderConfig:
     dim: int = 128
     """Size of queries and keys."""
 
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise EncoderError(f"--encoder.dim {self.dim}: give a number of at least 1")
+
 
 class Encoder(nn.Module):
     """Backbone, head and L2 normalisation.

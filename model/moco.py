@@ -52,6 +52,11 @@ def groups_per_process(config: MoCoConfig, global_batch: int, world: int) -> int
         ValueError: if the groups cannot be shared out evenly.
     """
     if config.batch_norm == "none" or world >= config.batch_norm_groups:
+        if global_batch // world < 2:
+            raise ValueError(
+                f"a global batch of {global_batch} over {world} processes leaves batch norm "
+                "without statistics: use a --batch of at least 2 pictures for each process"
+            )
         return 1
     groups = config.batch_norm_groups
     if groups % world or global_batch % groups or global_batch // groups < 2:

@@ -24,7 +24,7 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "momentum"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 flag = "--optimiser." + name.replace("_", "-")
                 raise ValueError(f"{flag} {getattr(self, name)}: give a number of at least 0")
 

@@ -12,6 +12,7 @@ Letters in names: N pictures of this rank, H W pixels.
 """
 
 import json
+import math
 import os
 import queue
 import threading
@@ -74,6 +75,14 @@ class DataConfig:
     """What makes the views: DALI where it is installed, else torchvision."""
     max_bad_share: float = 0.05
     """End the run when more than this share of all samples could not be used."""
+
+    def __post_init__(self) -> None:
+        if self.image_px < 1:
+            raise InputError(f"--data.image-px {self.image_px}: give a number of at least 1")
+        if self.threads < 0:
+            raise InputError(f"--data.threads {self.threads}: give 0 (all cores) or a number")
+        if not all(0 < value < math.inf for value in self.std):
+            raise InputError(f"--data.std {self.std}: give three numbers above 0")
 
 
 @dataclass(frozen=True)

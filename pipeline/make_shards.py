@@ -7,9 +7,11 @@ out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give t
 whatever the number of processes.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.packing import (
     ShardJob,
@@ -37,11 +40,11 @@ from pipeline.packing import (
 )
 from pipeline.program import InputError, run_program
 from pipeline.shard_format import (
-    INDEX_SUFFIX,
     MANIFEST_NAME,
     Manifest,
     ShardInfo,
     atomic_file,
+    index_name,
     write_manifest,
 )
 from pipeline.sources import Source, image_folder, shuffled
@@ -49,6 +52,7 @@ from pipeline.validate import Limits
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
+MARKER_NAME = ".packing"  # lies in a folder while it is being filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,43 +79,48 @@ class PackConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: give a number of at least 0")
         if self.workers < 0:
             raise InputError(
                 f"--workers {self.workers}: give 0 (all cores) or a number of processes"
             )
 
 
-def prepare_output(output: Path) -> None:
-    """Make the folder, or see that it is ours to fill.
+def prepare_output(output: Path) -> list[Path]:
+    """Make the folder, or see that it is ours to fill, and mark it as being filled.
+
+    Returns:
+        The folders that had to be made, the deepest first.
 
     Raises:
-        InputError: if it holds a finished set or anything that is not a leftover of a packing.
+        InputError: if it holds anything that is not the leftover of a packing.
     """
     if (output / MANIFEST_NAME).exists():
         raise InputError(
             f"{output} already holds finished shards: choose a new folder or remove it"
         )
+    if output.is_dir() and not (output / MARKER_NAME).exists():
+        for path in output.iterdir():
+            raise InputError(
+                f"{output} is not empty (it holds {path.name!r}): choose a new folder for the "
+                "shards"
+            )
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
-    foreign = [path.name for path in output.iterdir() if not is_leftover(path)]
-    if foreign:
-        raise InputError(
-            f"{output} is not empty (it holds {foreign[0]!r}): choose a new folder for the shards"
-        )
+    (output / MARKER_NAME).touch()
+    return made
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether an earlier packing that was killed may have left this file."""
-    stem_fits = path.name.startswith(("shard-", ".shard-"))
-    return stem_fits and path.name.endswith((".tar", INDEX_SUFFIX, ".part"))
-
-
-def remove_leftovers(output: Path) -> None:
-    """Take away what an unfinished packing wrote, and the folder if that empties it."""
+def remove_unfinished(output: Path, made: list[Path]) -> None:
+    """Take away what a packing wrote that did not finish, and the folders that it made."""
     for path in output.iterdir():
-        if is_leftover(path) or path.name in (REFUSED_NAME, CHANGED_NAME):
+        if path.name.startswith(("shard-", ".shard-", REFUSED_NAME, CHANGED_NAME)):
             path.unlink(missing_ok=True)
-    if not any(output.iterdir()):
-        output.rmdir()
+    (output / MARKER_NAME).unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):  # not empty: somebody else has put something there
+            folder.rmdir()
 
 
 def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[ShardResult]:
@@ -133,7 +142,11 @@ def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[Shard
         ) as pool,
     ):
         bar = progress.add_task("packing", total=total)
+        # Ctrl-C reaches every process of the terminal: blocked here, so that the workers, which
+        # inherit it, never see one, and the program alone answers it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures: list[Future[ShardResult]] = [pool.submit(pack_shard, job) for job in jobs]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             waiting = set(futures)
             while waiting:
@@ -147,6 +160,16 @@ def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[Shard
             raise
         progress.update(bar, completed=total)
     return [future.result() for future in futures]
+
+
+def remove_older(output: Path, shards: list[ShardInfo]) -> None:
+    """Take away the shards of an earlier, killed packing that this one did not write again."""
+    kept = {name for shard in shards for name in (shard.name, index_name(shard.name))}
+    for path in output.glob("shard-*"):
+        if path.name not in kept:
+            path.unlink()
+    for path in output.glob(".shard-*.part"):
+        path.unlink()
 
 
 def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:
@@ -174,7 +197,7 @@ def summarise(
         table.add_row(title, f"{len(rows):,}")
         kinds = Counter(reason.partition(":")[0] for _, reason in rows)
         for kind, count in kinds.most_common(5):
-            table.add_row("", f"{count:,} {kind}")
+            table.add_row("", Text(f"{count:,} {kind}"))
     if source.ignored:
         table.add_row("not pictures", f"{source.ignored:,} files")
     console.print(table)
@@ -190,7 +213,7 @@ def pack(config: PackConfig, console: Console) -> Manifest:
         OSError: if the output cannot be written.
     """
     source = image_folder(config.source)
-    prepare_output(config.output)
+    made = prepare_output(config.output)
     started = time.monotonic()
     try:
         plan = plan_shards(
@@ -220,9 +243,11 @@ def pack(config: PackConfig, console: Console) -> Manifest:
             "shard_samples": config.shard_samples,
             "limits": vars(config.limits),
         }
+        remove_older(config.output, shards)
         manifest = write_manifest(config.output, shards, source.classes, made_by)
+        (config.output / MARKER_NAME).unlink()
     except BaseException:
-        remove_leftovers(config.output)
+        remove_unfinished(config.output, made)
         raise
     summarise(console, source, results, manifest, time.monotonic() - started)
     return manifest
@@ -233,7 +258,8 @@ def main() -> None:
     config = tyro.cli(PackConfig, description=__doc__)
     console = Console()
     manifest = pack(config, console)
-    console.print(f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py")
+    line = f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py"
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

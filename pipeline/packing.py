@@ -6,15 +6,17 @@ bytes do not depend on the number of processes.
 
 import contextlib
 import errno
+import multiprocessing
 import os
-import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from pipeline.shard_format import INDEX_SUFFIX, Sample, ShardInfo, write_shard
+from pipeline.shard_format import Sample, ShardInfo, index_name, write_shard
 from pipeline.sources import SourcePicture
 from pipeline.validate import Limits, RefusedError, accept_picture
 
@@ -74,10 +76,17 @@ def start_worker(shared: Shared) -> None:
     """Make ready a process of the pool."""
     global _shared  # a pool has no other way to hand a worker shared memory
     _shared = shared
-    # Ctrl-C reaches every process of the terminal: the program alone answers it, by ``stopping``.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # libtiff writes a line to standard error for every odd tag; reasons travel as exceptions.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever; without the program there will be none."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def pack_shard(job: ShardJob) -> ShardResult:
@@ -90,9 +99,9 @@ def pack_shard(job: ShardJob) -> ShardResult:
     try:
         result.info = write_shard(job.path, _samples(job, result))
     except BaseException:
-        for suffix in (".tar", INDEX_SUFFIX):
+        for name in (job.path.name, index_name(job.path.name)):
             with contextlib.suppress(OSError):
-                job.path.with_suffix(suffix).unlink(missing_ok=True)
+                job.path.with_name(name).unlink(missing_ok=True)
         raise
     return result
 

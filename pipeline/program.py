@@ -16,6 +16,7 @@ WAYS_OUT = {
     errno.EACCES: "no permission: choose a folder that you may read and write",
     errno.EPERM: "no permission: choose a folder that you may read and write",
     errno.EROFS: "the disk is read-only: choose a folder on another disk",
+    errno.EEXIST: "a file of that name is in the way: choose another name or remove it",
     errno.ENOENT: "no such file or folder: check the path",
     errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
     errno.EISDIR: "this is a folder where a file is needed: check the path",
@@ -47,14 +48,16 @@ def explain(error: OSError) -> str | None:
 def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], ...] = ()) -> None:
     """Run ``main`` and leave with the code that a shell script can rely on.
 
-    0 done, 2 wrong input (one line on standard error), 130 interrupted. A defect of the program
-    itself keeps its traceback; MOCOSTREAM_TRACEBACK=1 shows one for wrong input too. Of several
-    processes, which meet the same wrong input, the first one speaks.
+    0 done, 2 wrong input (one line on standard error), 130 interrupted, 143 terminated. A defect
+    of the program itself keeps its traceback; MOCOSTREAM_TRACEBACK=1 shows one for wrong input
+    too. Of several processes, which meet the same wrong input, the first one speaks.
 
     Args:
         main: the program.
         input_errors: further exceptions that stand for a wrong input.
     """
+    # A polite kill unwinds the program, so that it can clean up after itself.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     expected: tuple[type[Exception], ...] = (InputError, OSError, *input_errors)
     try:
         main()
@@ -68,5 +71,6 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or isinstance(error, DataError):
             place = f"[rank {rank}] " if rank else ""
-            error_console().print(f"{place}error: {line}", style="red", markup=False)
+            text = f"{place}error: {line}"
+            error_console().print(text, style="red", markup=False, emoji=False)
         sys.exit(2)

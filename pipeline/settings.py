@@ -59,7 +59,12 @@ def from_plain(kind: type[T], plain: Any, where: str) -> T:
     ]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}: add it")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except InputError:
+        raise
+    except ValueError as error:  # a value that its own class refuses
+        raise InputError(f"{where}: {error}") from error
 
 
 def _value(hint: Any, plain: Any, where: str) -> Any:

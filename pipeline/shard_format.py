@@ -170,8 +170,12 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo | None:
         path.unlink()
         return None
     index = index_bytes(np.array(records, dtype=INDEX_RECORD))
-    with atomic_file(path.with_suffix(INDEX_SUFFIX)) as file:
-        file.write(index)
+    try:
+        with atomic_file(path.with_name(index_name(path.name))) as file:
+            file.write(index)
+    except BaseException:
+        path.unlink()
+        raise
     return ShardInfo(
         name=path.name,
         samples=len(records),
@@ -188,6 +192,11 @@ def index_bytes(records: NDArray[np.void]) -> bytes:
         INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, len(records), zlib.crc32(body)
     )
     return header + body
+
+
+def index_name(shard_name: str) -> str:
+    """The name of a shard's index, which lies beside it."""
+    return Path(shard_name).with_suffix(INDEX_SUFFIX).name
 
 
 def read_index(path: Path) -> NDArray[np.void]:
@@ -252,8 +261,10 @@ def read_manifest(folder: Path) -> Manifest:
             )
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
         for shard in shards:
-            if Path(shard.name).name != shard.name:
+            if shard.name in ("", ".", "..") or Path(shard.name).name != shard.name:
                 raise InputError(f"{path} names {shard.name!r}, which is not a file in its folder")
+            if type(shard.samples) is not int or shard.samples < 0:
+                raise InputError(f"{path} gives {shard.name} {shard.samples!r} samples: pack again")
         manifest = Manifest(
             shards=shards,
             classes=tuple(content["classes"]),

@@ -21,8 +21,8 @@ from pipeline.program import InputError
 from pipeline.shard_format import (
     BLOCK_BYTES,
     FLAG_DROPPED,
-    INDEX_SUFFIX,
     Manifest,
+    index_name,
     read_index,
     read_manifest,
 )
@@ -60,10 +60,10 @@ class ShardStore:
         self._lock = threading.Lock()
         present = {path.name for path in folder.iterdir()}
         for shard in self.manifest.shards:
-            index_name = Path(shard.name).with_suffix(INDEX_SUFFIX).name
-            if index_name not in present:
+            index = index_name(shard.name)
+            if index not in present:
                 raise InputError(
-                    f"{folder / index_name} is missing, so {shard.name} cannot be read: copy it "
+                    f"{folder / index} is missing, so {shard.name} cannot be read: copy it "
                     "from where the shards were made, or pack again"
                 )
 
@@ -121,10 +121,11 @@ class ShardStore:
             return self._open[shard]
         info = self.manifest.shards[shard]
         path = self.folder / info.name
-        records = read_index(path.with_suffix(INDEX_SUFFIX))
+        index = path.with_name(index_name(info.name))
+        records = read_index(index)
         if len(records) != info.samples:
             raise InputError(
-                f"{path.with_suffix(INDEX_SUFFIX)} has {len(records)} samples, the manifest says "
+                f"{index} has {len(records)} samples, the manifest says "
                 f"{info.samples}: it belongs to another packing, copy the set again"
             )
         try:

@@ -176,7 +176,7 @@ def main() -> None:
     drawn = config.output.with_name(f"{config.output.stem}-drawn.png")
     save(draw_sheet(config, originals, columns), config.output)
     save(draw_histograms(config, size_px_N2), drawn)
-    Console().print(f"wrote {config.output} and {drawn}", soft_wrap=True)
+    Console().print(f"wrote {config.output} and {drawn}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

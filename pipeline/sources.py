@@ -99,6 +99,8 @@ def keys_of(names: list[str]) -> list[str]:
     own SHA-256 behind it, so that a key depends on nothing but the names.
     """
     stems = [re.sub(r"[^A-Za-z0-9_/-]", "_", name.rpartition(".")[0] or name) for name in names]
+    # webdataset keeps folders such as "__meta__" for notes of its own.
+    stems = [re.sub(r"(^|/)__+", r"\1_", stem) for stem in stems]
     # "A" and "a" would be one file where a tar is unpacked on a disk that ignores case.
     often = Counter(stem.lower() for stem in stems)
     keys = []

@@ -314,7 +314,7 @@ def test_a_polite_kill_leaves_nothing_behind(long_work):
     assert process.returncode not in (0, 1) and not output.exists()
 
 
-def test_a_hard_kill_leaves_no_manifest_no_workers_and_can_be_begun_anew(
+def test_a_hard_kill_leaves_nothing_half_done_no_workers_and_can_be_begun_anew(
     long_work, picture_folder, tmp_path
 ):
     process, output = long_work
@@ -322,6 +322,10 @@ def test_a_hard_kill_leaves_no_manifest_no_workers_and_can_be_begun_anew(
     process.wait()
     wait_until(lambda: not group_lives(process.pid))
     assert not (output / "manifest.json").exists()
+    for path in output.glob("shard-*.tar"):  # what has its final name is complete
+        with tarfile.open(path) as tar:
+            assert len(tar.getmembers()) == 5
+    save(output, "refused.jsonl", b"{}")  # as if it had been killed a moment later
     packed(picture_folder, output, cwd=tmp_path)
     names = picture_folder.rglob("*.jpg")
     assert samples_of(output).keys() == {f"{path.parent.name}/{path.stem}" for path in names}

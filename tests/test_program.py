@@ -1,10 +1,19 @@
 import errno
 import os
 import re
+import signal
 
 import pytest
 
 from pipeline.program import WAYS_OUT, DataError, InputError, explain, run_program
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Put back what a program does when it is terminated."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 class CheckpointError(Exception):
@@ -48,6 +57,20 @@ def test_an_existing_file_in_the_way_has_a_way_out():
 
 def test_an_interrupted_program_says_so_with_code_130(capsys):
     assert ending(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
+
+
+def test_a_terminated_program_unwinds_with_code_143():
+    unwound = []
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound.append(1)
+
+    with pytest.raises(SystemExit) as leaving:
+        run_program(main)
+    assert leaving.value.code == 143 and unwound == [1]
 
 
 def test_further_errors_can_count_as_wrong_input(capsys):

