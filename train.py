@@ -163,12 +163,12 @@ RECIPES = {
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
         ),
-        encoder=EncoderConfig(backbone="resnet18", layers=(1, 1, 1, 1), stem="small", head="mlp"),
+        encoder=EncoderConfig(backbone="resnet18", layers=(1, 1, 1, 1), head="mlp"),
         moco=MoCoConfig(queue=512, momentum=0.99, temperature=0.1, batch_norm_groups=4),
         # 0.06 collapsed within four epochs: the loss went to log(K + 1), kNN stood still.
         optimiser=OptimiserConfig(lr=0.015, weight_decay=5e-4),
         batch=64,
-        epochs=15,
+        epochs=30,
         save_every=500,
     ),
 }

@@ -40,7 +40,7 @@ class DemoConfig:
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("demo")
     """New folder for pictures, shards and the run."""
-    epochs: float = 15.0
+    epochs: float = 30.0
     """Passes over the 4,000 training pictures."""
 
 

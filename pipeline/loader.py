@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.order import Ints, Order, Places, default_lanes
-from pipeline.program import DataError, InputError
+from pipeline.program import DataError, InputError, available_cores
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.torch_views import DecodeError, TorchEngine
 from pipeline.view_recipe import PAIRS, PairName, ViewRequest, draw_view
@@ -368,7 +368,7 @@ def make_order(store: ShardStore, config: DataConfig, global_batch: int, seed: i
 def cpu_threads(config: DataConfig) -> int:
     """Threads for one process: its share of this machine's cores unless the setting says."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    return config.threads or max(1, available_cores() // processes)
 
 
 def make_engine(

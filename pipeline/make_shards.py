@@ -10,7 +10,6 @@ whatever the number of processes.
 import contextlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -38,13 +37,12 @@ from pipeline.packing import (
     plan_shards,
     start_worker,
 )
-from pipeline.program import InputError, run_program
+from pipeline.program import InputError, available_cores, run_program
 from pipeline.shard_format import (
     MANIFEST_NAME,
     Manifest,
     ShardInfo,
     atomic_file,
-    index_name,
     write_manifest,
 )
 from pipeline.sources import Source, image_folder, shuffled
@@ -109,14 +107,21 @@ def prepare_output(output: Path) -> list[Path]:
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER_NAME).touch()
+    remove_files(output)  # of a packing that was killed, perhaps with other settings
     return made
+
+
+def remove_files(output: Path) -> None:
+    """Take away what a packing wrote that did not finish."""
+    ours = ("shard-", REFUSED_NAME, CHANGED_NAME, MANIFEST_NAME)
+    for path in output.iterdir():
+        if path.name.removeprefix(".").startswith(ours):
+            path.unlink(missing_ok=True)
 
 
 def remove_unfinished(output: Path, made: list[Path]) -> None:
     """Take away what a packing wrote that did not finish, and the folders that it made."""
-    for path in output.iterdir():
-        if path.name.startswith(("shard-", ".shard-", REFUSED_NAME, CHANGED_NAME)):
-            path.unlink(missing_ok=True)
+    remove_files(output)
     (output / MARKER_NAME).unlink(missing_ok=True)
     for folder in made:
         with contextlib.suppress(OSError):  # not empty: somebody else has put something there
@@ -162,16 +167,6 @@ def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[Shard
     return [future.result() for future in futures]
 
 
-def remove_older(output: Path, shards: list[ShardInfo]) -> None:
-    """Take away the shards of an earlier, killed packing that this one did not write again."""
-    kept = {name for shard in shards for name in (shard.name, index_name(shard.name))}
-    for path in output.glob("shard-*"):
-        if path.name not in kept:
-            path.unlink()
-    for path in output.glob(".shard-*.part"):
-        path.unlink()
-
-
 def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:
     """JSON lines of files and what happened to them; no file where there is nothing to say."""
     if rows:
@@ -190,6 +185,8 @@ def summarise(
     table = Table(show_header=False, title="packed", title_justify="left")
     table.add_row("pictures", f"{manifest.samples:,}")
     table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (flat)")
+    if source.outside:
+        table.add_row("", Text(f"because {source.outside} lies outside the class folders"))
     table.add_row("shards", f"{len(manifest.shards):,}")
     table.add_row("size", f"{size / 2**20:,.1f} MiB")
     table.add_row("speed", f"{len(source.pictures) / seconds:,.0f} images/s, {seconds:.1f} s")
@@ -223,7 +220,7 @@ def pack(config: PackConfig, console: Console) -> Manifest:
             config.shard_samples,
         )
         jobs = [ShardJob(path, pictures, config.limits) for path, pictures in plan]
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or available_cores()
         results = pack_all(jobs, workers, console)
         refused = [row for result in results for row in result.refused]
         shards: list[ShardInfo] = [result.info for result in results if result.info]
@@ -243,7 +240,6 @@ def pack(config: PackConfig, console: Console) -> Manifest:
             "shard_samples": config.shard_samples,
             "limits": vars(config.limits),
         }
-        remove_older(config.output, shards)
         manifest = write_manifest(config.output, shards, source.classes, made_by)
         (config.output / MARKER_NAME).unlink()
     except BaseException:

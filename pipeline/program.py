@@ -32,6 +32,13 @@ class DataError(InputError):
     """An input error that one process of many may be alone with, so that each one reports it."""
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which a container or a scheduler may have limited."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def error_console() -> Console:
     """The place for errors: standard error, one unbroken line for each message."""
     return Console(stderr=True, soft_wrap=True, highlight=False)

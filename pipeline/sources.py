@@ -45,6 +45,7 @@ class Source:
     pictures: list[SourcePicture]
     classes: list[str]
     ignored: int  # files that are no pictures by their name
+    outside: str = ""  # the first picture that keeps sub-folders from being classes
 
 
 def image_folder(root: Path) -> Source:
@@ -69,7 +70,8 @@ def image_folder(root: Path) -> Source:
             f"files ending in {suffixes}"
         )
     relatives.sort(key=lambda path: path.as_posix())
-    has_classes = all(len(path.parts) > 1 for path in relatives)
+    outside = [path.as_posix() for path in relatives if len(path.parts) == 1]
+    has_classes = not outside
     classes = sorted({path.parts[0] for path in relatives}) if has_classes else []
     label_of = {name: label for label, name in enumerate(classes)}
     names = [path.as_posix() for path in relatives]
@@ -80,6 +82,7 @@ def image_folder(root: Path) -> Source:
         ],
         classes,
         ignored,
+        outside[0] if 0 < len(outside) < len(relatives) else "",
     )
 
 

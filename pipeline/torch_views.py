@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.view_recipe import BRIGHTNESS, CONTRAST, SATURATION, ViewParameters, ViewRequest
@@ -159,6 +159,8 @@ class TorchEngine:
         for row, picture in enumerate(pictures):
             try:
                 decode(picture)
+            except UnidentifiedImageError:  # its message has an address in memory
+                problems[row] = "not a picture in a known format"
             except (OSError, SyntaxError, ValueError) as error:
                 problems[row] = str(error)
         return problems
