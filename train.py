@@ -461,7 +461,10 @@ def open_run(
     data = ShardStore(config.data.shards) if config.data.shards else None
     found = None
     holds_run = (output / LOG_NAME).exists() or bool(checkpoint_folders(output))
-    if config.resume:
+    if config.resume and holds_run and not checkpoint_folders(output):
+        line = f"{output} has no checkpoint yet: starting at the first step"
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    elif config.resume:
         warn = partial(console.print, style="yellow", markup=False, emoji=False)
         found = newest_checkpoint(output, warn)
         refuse_other_run(config, found, data.manifest.sha256 if data else "")

@@ -81,8 +81,10 @@ def save_checkpoint(
             shutil.rmtree(final)
         part.replace(final)
         _fsync(run)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(final)  # a failed write says what is wrong, but not where
         raise
     # Later ones are damaged, or this step would have been resumed from them: they do not count.
     done = [folder for number, folder in checkpoint_folders(run) if number <= step]

@@ -265,3 +265,9 @@ def test_shards_with_the_same_pictures_in_another_order_differ(tmp_path):
     orders = itertools.permutations(SAMPLES)
     infos = [write_shard(tmp_path / f"{n}.tar", order) for n, order in enumerate(orders)]
     assert len({info.sha256 for info in infos}) == 6
+
+
+def test_a_write_that_fails_names_its_file(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "x")

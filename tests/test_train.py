@@ -616,3 +616,13 @@ def test_two_processes_speak_with_one_voice(one_and_two):
     assert sum(line.startswith("step 5/5") for line in lines) == 1
     assert sum("on 2 x cpu" in line for line in lines) == 1
     assert done.stderr == ""
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_resume(shard_set, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    words = (*TINY, "--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "1")
+    assert command(*words).code == 2
+    done = command(*words, "--resume")
+    assert done.code == 0 and "no checkpoint yet" in done.out
+    assert len((tmp_path / "run" / "run.jsonl").read_text().splitlines()) == 1
