@@ -95,3 +95,14 @@ def _value(hint: Any, plain: Any, where: str) -> Any:
         allowed = choices or (str(hint) if arguments else hint.__name__)
         raise InputError(f"{where} is {plain!r}, allowed: {allowed}")
     return value
+
+
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain settings with dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value
+    return result

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 import train
 from eval.judged import checkpoint_encoder, open_checkpoint
+from eval.run_config import RECIPES, TrainConfig, parse_arguments
 from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
@@ -95,7 +96,7 @@ def six_steps(tmp_path_factory, shard_set):
 
 def numbers_of(recipe):
     """What section 3.3 of the paper and the official defaults name, of one of our recipes."""
-    config = train.RECIPES[recipe]
+    config = RECIPES[recipe]
     encoder, moco, optimiser = config.encoder, config.moco, config.optimiser
     return {
         "backbone": (encoder.backbone, encoder.layers, encoder.stem),
@@ -122,7 +123,7 @@ def test_moco_v1_is_the_published_recipe():
         "precision": "no",
         "views": ("moco-v1", 224),
     }
-    optimiser = train.RECIPES["moco-v1"].optimiser
+    optimiser = RECIPES["moco-v1"].optimiser
     assert [milestone * 200 for milestone in optimiser.milestones] == [120, 160]
     assert optimiser.factor == 0.1
 
@@ -153,22 +154,22 @@ def test_cifar10_is_the_authors_notebook():
         "precision": "no",
         "views": ("cifar10", 32),
     }
-    data = train.RECIPES["cifar10"].data
+    data = RECIPES["cifar10"].data
     assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 @pytest.mark.parametrize("recipe", ["moco-v1", "moco-v2"])
 def test_the_imagenet_recipes_normalise_as_torchvision(recipe):
-    data = train.RECIPES[recipe].data
+    data = RECIPES[recipe].data
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert data.eval_resize_px == 256
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_survives_the_way_through_json(recipe):
-    config = train.RECIPES[recipe]
+    config = RECIPES[recipe]
     plain = json.loads(json.dumps(to_plain(config)))
-    assert from_plain(train.TrainConfig, plain, "here") == config
+    assert from_plain(TrainConfig, plain, "here") == config
     assert config.recipe == recipe
 
 
@@ -206,10 +207,10 @@ def tiny_run(tmp_path):
     Its batch norm is fixed: with the statistics of a few pictures rounding grows tenfold a step.
     """
     config = dataclasses.replace(
-        train.RECIPES["demo"],
+        RECIPES["demo"],
         encoder=EncoderConfig(backbone="test_resnet", dim=16),
         moco=MoCoConfig(queue=24, momentum=0.9, temperature=0.2, batch_norm="none"),
-        optimiser=dataclasses.replace(train.RECIPES["demo"].optimiser, lr=0.03),
+        optimiser=dataclasses.replace(RECIPES["demo"].optimiser, lr=0.03),
         batch=16,
     )
     torch.manual_seed(0)
@@ -326,9 +327,9 @@ def test_the_settings_that_a_run_wrote_are_the_input_of_the_next(six_steps, tmp_
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     (tmp_path / "some.json").write_text('{"batch": 12, "moco": {"queue": 5, "momentum": 0.5}}')
     words = ["demo", "--config", str(tmp_path / "some.json"), "--moco.queue", "7"]
-    config = train.parse_arguments(words)
+    config = parse_arguments(words, "")
     assert (config.batch, config.moco.queue, config.moco.momentum) == (12, 7, 0.5)
-    assert config.moco.temperature == train.RECIPES["demo"].moco.temperature
+    assert config.moco.temperature == RECIPES["demo"].moco.temperature
 
 
 def test_the_optimiser_has_the_rate_that_is_logged(six_steps):

@@ -1,0 +1,197 @@
+"""Every number of a run, the recipes, and the command line that changes them.
+
+Here and not in ``train.py`` because whoever judges a run reads its settings too.
+"""
+
+import argparse
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from model.encoder import EncoderConfig
+from model.moco import MoCoConfig
+from model.schedule import OptimiserConfig
+from pipeline.loader import DataConfig
+from pipeline.program import InputError
+from pipeline.settings import from_plain, to_plain
+
+# Settings that a resumed run may have otherwise than it started with: where things lie, what is
+# watched, how fast; the length too, which stretches the schedule and is said aloud.
+MAY_CHANGE = {
+    *("resume", "output", "log_every", "save_every", "keep"),
+    *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
+    *("data.shards", "data.threads", "data.engine", "data.max_bad_share"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every number of a run."""
+
+    recipe: tyro.conf.Suppress[str]
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    moco: MoCoConfig = field(default_factory=MoCoConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    batch: int = 256
+    """Pictures in a step, all processes together."""
+    epochs: float = 200.0
+    """Passes over the pictures."""
+    steps: int | None = None
+    """Length of the run in steps, instead of --epochs."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of the encoders' arithmetic; no is float32. Loss, queue and weights are float32 always."""
+    seed: int = 0
+    """Of weights, order, views, queue and shuffle."""
+    output: Path | None = None
+    """Folder of the run: new, or one to go on with by --resume."""
+    resume: bool = False
+    """Go on after the newest intact checkpoint in --output."""
+    log_every: int = 10
+    """Steps between reports."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step has one always."""
+    keep: int = 3
+    """Checkpoints that stay, at least 2."""
+    knn_train: Path | None = None
+    """Labelled shards that votes come from, for a kNN score during the run."""
+    knn_test: Path | None = None
+    """Labelled shards that are judged, for a kNN score during the run."""
+    knn_every: int = 1000
+    """Steps between kNN scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "log_every", "save_every", "knn_every"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: give a number of at least 1")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs {self.epochs}: give a number above 0")
+        if (self.knn_train is None) != (self.knn_test is None):
+            raise InputError("--knn-train and --knn-test belong together: give both or none")
+
+
+# Sources: v1 https://arxiv.org/abs/1911.05722 sections 3.3 and 4, and the defaults of the official
+# main_moco.py; v2 https://arxiv.org/abs/2003.04297 and the flags --mlp --moco-t 0.2 --aug-plus
+# --cos; cifar10 the authors' CIFAR-10 notebook (asymmetric form).
+RECIPES = {
+    "moco-v1": TrainConfig(
+        recipe="moco-v1",
+        data=DataConfig(views="moco-v1"),
+        encoder=EncoderConfig(backbone="resnet50", head="linear"),
+        moco=MoCoConfig(queue=65_536, momentum=0.999, temperature=0.07),
+        optimiser=OptimiserConfig(lr=0.03, schedule="steps", milestones=(0.6, 0.8)),  # 120, 160
+        batch=256,
+        epochs=200,
+    ),
+    "moco-v2": TrainConfig(
+        recipe="moco-v2",
+        data=DataConfig(views="moco-v2"),
+        encoder=EncoderConfig(backbone="resnet50", head="mlp"),
+        moco=MoCoConfig(queue=65_536, momentum=0.999, temperature=0.2),
+        optimiser=OptimiserConfig(lr=0.03, schedule="cosine"),
+        batch=256,
+        epochs=200,
+    ),
+    "cifar10": TrainConfig(
+        recipe="cifar10",
+        data=DataConfig(
+            views="cifar10",
+            image_px=32,
+            eval_resize_px=32,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2023, 0.1994, 0.2010),
+        ),
+        encoder=EncoderConfig(backbone="resnet18", stem="cifar", head="linear"),
+        moco=MoCoConfig(queue=4096, momentum=0.99, temperature=0.1),
+        optimiser=OptimiserConfig(lr=0.06, weight_decay=5e-4, schedule="cosine"),
+        batch=512,
+        epochs=200,
+    ),
+    # Ours: a network and a queue small enough for minutes on a CPU and for a few hundred pictures.
+    "demo": TrainConfig(
+        recipe="demo",
+        data=DataConfig(
+            views="marks",
+            image_px=32,
+            eval_resize_px=32,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        ),
+        encoder=EncoderConfig(backbone="resnet18", layers=(1, 1, 1, 1), head="mlp"),
+        moco=MoCoConfig(queue=512, momentum=0.99, temperature=0.1, batch_norm_groups=4),
+        # 0.06 collapsed within four epochs: the loss went to log(K + 1), kNN stood still.
+        optimiser=OptimiserConfig(lr=0.015, weight_decay=5e-4),
+        batch=64,
+        epochs=30,
+        save_every=500,
+    ),
+}
+
+
+def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
+    """Settings: those of the recipe, then those of --config FILE, then the flags.
+
+    Args:
+        arguments: of the command line.
+        about: what --help says of the program.
+
+    Raises:
+        InputError: if the recipe or a setting in the file is unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    files, rest = parser.parse_known_args(arguments)
+    known = ", ".join(RECIPES)
+    default = None
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"there is no recipe {name!r}: choose one of {known}.{hint}")
+        default = RECIPES[name]
+    if files.config is not None:
+        default = read_config(files.config, default)
+    if default is None:
+        if not {"-h", "--help"} & set(rest):
+            raise InputError(f"no recipe: the first word is one of {known}")
+        default = RECIPES["moco-v2"]
+    description = f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
+    try:
+        return tyro.cli(TrainConfig, default=default, args=rest, description=description)
+    except ValueError as error:  # a setting that its own class refuses
+        raise InputError(str(error)) from error
+
+
+def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:
+    """The settings that a run wrote to its config.json, over those of the recipe.
+
+    Raises:
+        InputError: if it is no such file or has unknown settings.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not JSON ({error})") from error
+    if not isinstance(plain, dict):
+        raise InputError(f"--config {path} holds no settings: give a run's config.json")
+    if recipe is not None:
+        plain = merged(to_plain(recipe), plain)
+    return from_plain(TrainConfig, {**plain, "resume": False}, str(path))
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of which the second ones win."""
+    result = dict(below)
+    for name, value in above.items():
+        is_nested = isinstance(value, dict) and isinstance(below.get(name), dict)
+        result[name] = merged(below[name], value) if is_nested else value
+    return result
