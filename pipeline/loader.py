@@ -11,7 +11,6 @@ replacement``) and written to the quarantine log; the rest of its batch is untou
 Letters in names: N pictures of this rank, H W pixels.
 """
 
-import json
 import math
 import os
 import queue
@@ -29,7 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.order import Ints, Order, Places, default_lanes
-from pipeline.program import DataError, InputError, available_cores
+from pipeline.program import InputError, available_cores
+from pipeline.quarantine import Quarantine
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.torch_views import DecodeError, TorchEngine
 from pipeline.view_recipe import PAIRS, PairName, ViewRequest, draw_view
@@ -45,8 +45,6 @@ IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 READ_AHEAD_BATCHES = 3
-# The rule of Megatron-Energon: this many bad samples in a row are a broken disk, not bad luck.
-BAD_IN_A_ROW = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,51 +115,6 @@ class PlannedBatch:
     label_N: Ints
     attempts: dict[int, int] = field(default_factory=dict)
     """Stand-ins that were tried, for each row that needed one."""
-
-
-class Quarantine:
-    """Counts and logs samples that could not be used; ends the run when they are too many.
-
-    Args:
-        path: JSON lines file to append to, or None.
-        max_share: of all samples delivered so far, once a thousand were.
-    """
-
-    def __init__(self, path: Path | None, max_share: float) -> None:
-        self._path = path
-        self._max_share = max_share
-        self.bad = 0
-        self._good = 0
-        self._in_a_row = 0
-
-    def accept(self) -> None:
-        """Take note of a good sample."""
-        self._good += 1
-        self._in_a_row = 0
-
-    def reject(self, **line: str | int) -> None:
-        """Log one bad sample.
-
-        Raises:
-            DataError: if it is one too many.
-        """
-        self.bad += 1
-        self._in_a_row += 1
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        where = f"; see {self._path}" if self._path else ""
-        if self._in_a_row >= BAD_IN_A_ROW:
-            raise DataError(
-                f"{self._in_a_row} samples in a row could not be used, the last one because of "
-                f"'{line['reason']}'{where}: check the disk and the shards"
-            )
-        seen = self._good + self.bad
-        if seen >= 1000 and self.bad > self._max_share * seen:
-            raise DataError(
-                f"{self.bad} of {seen} samples could not be used, more than "
-                f"--data.max-bad-share {self._max_share}{where}: repair the shards or raise it"
-            )
 
 
 class PairLoader:

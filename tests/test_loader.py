@@ -15,10 +15,10 @@ from pipeline.loader import (
     IMAGENET_STD,
     DataConfig,
     PairLoader,
-    Quarantine,
     cpu_threads,
 )
 from pipeline.program import DataError, InputError
+from pipeline.quarantine import Quarantine
 from pipeline.shard_format import index_bytes, read_index
 from pipeline.torch_views import make_views
 from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
