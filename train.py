@@ -60,7 +60,7 @@ def main() -> None:
     """One run, from the command line to its last checkpoint."""
     config = parse_arguments(sys.argv[1:], __doc__ or "")
     output = require_output(config)
-    check(config)
+    manifest_sha256 = check(config)
     # It passes DDP a name that torch 2.15 replaces, which older ones do not know.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
@@ -73,7 +73,7 @@ def main() -> None:
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each process
         torch.set_num_threads(cpu_threads(config.data))
     console = Console() if accelerator.is_main_process else Console(quiet=True)
-    found = open_run(config, output, accelerator, console)
+    found = open_run(config, output, manifest_sha256, accelerator, console)
 
     # First the loader: it reads ahead while the model is built.
     with PairLoader(
@@ -275,14 +275,18 @@ def introduce(
                 yield f"note: {name} is {now} and was {before[name]}; the schedule follows it"
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig) -> str:
     """See that a run can start, before anything is written.
+
+    Returns:
+        The identity of its data set, the SHA-256 of the manifest.
 
     Raises:
         InputError, EncoderError: naming what is wrong.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    order = make_order(open_store(config.data), config.data, config.batch, config.seed)
+    store = open_store(config.data)
+    order = make_order(store, config.data, config.batch, config.seed)
     order.batch(0, 0, world)
     length_in_steps(config, order)
     if config.data.eval_resize_px < config.data.image_px:
@@ -299,6 +303,7 @@ def check(config: TrainConfig) -> None:
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
             require_labels(ShardStore(shards))
+    return store.manifest.sha256
 
 
 def length_in_steps(config: TrainConfig, order: Order) -> int:
@@ -328,7 +333,11 @@ def require_output(config: TrainConfig) -> Path:
 
 
 def open_run(
-    config: TrainConfig, output: Path, accelerator: Accelerator, console: Console
+    config: TrainConfig,
+    output: Path,
+    manifest_sha256: str,
+    accelerator: Accelerator,
+    console: Console,
 ) -> Checkpoint | None:
     """Check that the run may use its folder, and write its settings there.
 
@@ -340,7 +349,6 @@ def open_run(
         CheckpointError: if there is nothing to resume from.
         OSError: if the folder cannot be written.
     """
-    data = ShardStore(config.data.shards) if config.data.shards else None
     found = None
     holds_run = (output / LOG_NAME).exists() or bool(checkpoint_folders(output))
     if config.resume and holds_run and not checkpoint_folders(output):
@@ -349,7 +357,7 @@ def open_run(
     elif config.resume:
         warn = partial(console.print, style="yellow", markup=False, emoji=False)
         found = newest_checkpoint(output, warn)
-        refuse_other_run(config, found, data.manifest.sha256 if data else "")
+        refuse_other_run(config, found, manifest_sha256)
     elif holds_run:
         raise InputError(f"{output} holds a run already: add --resume to go on, or choose another")
     accelerator.wait_for_everyone()  # before anything is written that the checks above look for
