@@ -126,6 +126,17 @@ class Order:
         inside = permute((place - start).astype(U64), size.astype(U64), key).astype(np.int64)
         return self._locate(epoch, lane * lane_samples + start + inside)
 
+    def shards_ahead(self, step: int, steps: int, rank: int = 0, world: int = 1) -> Ints:
+        """Shards that a rank reads in the ``steps`` steps from ``step`` on, by first use.
+
+        Exact, because it is the order itself that is asked; stand-ins of bad samples may lie
+        elsewhere.
+        """
+        shards = [self.batch(ahead, rank, world).shard for ahead in range(step, step + steps)]
+        used, first = np.unique(np.concatenate(shards), return_index=True)
+        by_first_use: Ints = used[np.argsort(first)]
+        return by_first_use
+
     def replacement(self, step: int, position: Ints, attempt: int) -> Places:
         """Who stands in for the samples at ``position`` of that step's epoch, ``[N]``.
 

@@ -169,3 +169,13 @@ def test_numbers_below_their_least_are_input_errors(name, value):
 @pytest.mark.parametrize(("batch", "lanes"), [(256, 64), (48, 48), (96, 48), (250, 50), (67, 1)])
 def test_default_lanes_are_the_largest_divisor_up_to_64(batch, lanes):
     assert default_lanes(batch) == lanes
+
+
+@given(order=orders(), step=st.integers(0, 60), steps=st.integers(1, 20))
+def test_the_shards_ahead_are_those_of_the_coming_batches_by_first_use(order, step, steps):
+    world = min(order.lanes, 2)
+    for rank in range(world):
+        used = []
+        for ahead in range(step, step + steps):
+            used += order.batch(ahead, rank, world).shard.tolist()
+        assert order.shards_ahead(step, steps, rank, world).tolist() == list(dict.fromkeys(used))
