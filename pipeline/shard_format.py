@@ -81,6 +81,8 @@ class Manifest:
     classes: tuple[str, ...]
     made_by: dict[str, Any]
     sha256: str
+    tars: str = ""
+    """Folder or URL where the tars lie; empty: beside the manifest, as do the indexes always."""
 
     @property
     def samples(self) -> int:
@@ -208,18 +210,26 @@ def read_index(path: Path) -> NDArray[np.void]:
         InputError: if the file is not an index, is of another version, or is damaged.
         FileNotFoundError: if there is none.
     """
-    data = path.read_bytes()
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(data: bytes, where: str) -> NDArray[np.void]:
+    """The records in the bytes of an index file; ``where`` names it in messages.
+
+    Raises:
+        InputError: if they are not an index, are of another version, or are damaged.
+    """
     if len(data) < INDEX_HEADER.size or not data.startswith(INDEX_MAGIC):
-        raise InputError(f"{path} is not a shard index: write it again with make_shards")
+        raise InputError(f"{where} is not a shard index: write it again with make_shards")
     _, version, record_bytes, count, crc32 = INDEX_HEADER.unpack_from(data)
     if (version, record_bytes) != (FORMAT_VERSION, INDEX_RECORD.itemsize):
         raise InputError(
-            f"{path} has index version {version} with {record_bytes} bytes per sample, this "
+            f"{where} has index version {version} with {record_bytes} bytes per sample, this "
             f"program reads version {FORMAT_VERSION} with {INDEX_RECORD.itemsize}: pack again"
         )
     body = memoryview(data)[INDEX_HEADER.size :]
     if len(body) != count * record_bytes or zlib.crc32(body) != crc32:
-        raise InputError(f"{path} is damaged (its checksum differs): restore it or pack again")
+        raise InputError(f"{where} is damaged (its checksum differs): restore it or pack again")
     return np.frombuffer(body, dtype=INDEX_RECORD)
 
 
@@ -254,25 +264,36 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has {tars} tar files but no {MANIFEST_NAME}: its packing did not finish, or "
             "the tars come from elsewhere; run make_shards on the pictures"
         )
-    data = path.read_bytes()
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in the bytes of its file; ``where`` names it in messages.
+
+    Raises:
+        InputError: if they are no manifest, or one of another version.
+    """
     try:
         content = json.loads(data)
         if content["version"] != FORMAT_VERSION:
             raise InputError(
-                f"{path} has version {content['version']}, this program reads {FORMAT_VERSION}"
+                f"{where} has version {content['version']}, this program reads {FORMAT_VERSION}"
             )
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
         for shard in shards:
             if shard.name in ("", ".", "..") or Path(shard.name).name != shard.name:
-                raise InputError(f"{path} names {shard.name!r}, which is not a file in its folder")
+                raise InputError(f"{where} names {shard.name!r}, which is not a file in its folder")
             if type(shard.samples) is not int or shard.samples < 0:
-                raise InputError(f"{path} gives {shard.name} {shard.samples!r} samples: pack again")
+                raise InputError(
+                    f"{where} gives {shard.name} {shard.samples!r} samples: pack again"
+                )
         manifest = Manifest(
             shards=shards,
             classes=tuple(content["classes"]),
             made_by=content["made_by"],
             sha256=hashlib.sha256(data).hexdigest(),
+            tars=content.get("tars", ""),
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a manifest of shards ({error}): pack again") from error
+        raise InputError(f"{where} is not a manifest of shards ({error}): pack again") from error
     return manifest
