@@ -40,13 +40,8 @@ from model.moco import MoCo, groups_per_process
 from model.run_state import RunState
 from model.schedule import lr_at
 from model.stopping import StopRequest
-from pipeline.loader import (
-    PairBatch,
-    PairLoader,
-    cpu_threads,
-    make_order,
-    open_store,
-)
+from pipeline.data_config import cpu_threads, make_order, open_store
+from pipeline.loader import PairBatch, PairLoader
 from pipeline.order import Order
 from pipeline.program import InputError, run_program
 from pipeline.settings import flat, to_plain

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eval.judged import Judged
+from pipeline.data_config import DataConfig, cpu_threads
 from pipeline.eval_loader import EvalLoader
-from pipeline.loader import DataConfig, cpu_threads
 from pipeline.program import InputError
 from pipeline.shard_format import NO_LABEL
 from pipeline.shard_store import ShardStore

@@ -16,8 +16,8 @@ from torch import nn
 
 from model.checkpoint import FOLDER_PATTERN, Checkpoint, load_checkpoint, newest_checkpoint
 from model.encoder import Encoder, EncoderConfig, make_backbone
+from pipeline.data_config import DataConfig
 from pipeline.eval_loader import EvalView, Interpolation
-from pipeline.loader import DataConfig
 from pipeline.program import InputError
 from pipeline.settings import from_plain
 

@@ -34,8 +34,8 @@ from eval.features import LabelledFeatures, align_labels, extract
 from eval.judged import Judged, checkpoint_encoder, open_checkpoint, pixels, timm_encoder
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderError
+from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.eval_loader import EvalView, Interpolation
-from pipeline.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.program import InputError, run_program
 from pipeline.shard_format import atomic_file, read_manifest
 

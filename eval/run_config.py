@@ -16,7 +16,7 @@ import tyro
 from model.encoder import EncoderConfig
 from model.moco import MoCoConfig
 from model.schedule import OptimiserConfig
-from pipeline.loader import DataConfig
+from pipeline.data_config import DataConfig
 from pipeline.program import InputError
 from pipeline.settings import from_plain, to_plain
 

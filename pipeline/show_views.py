@@ -30,7 +30,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from pipeline.loader import DataConfig, PairLoader
+from pipeline.data_config import DataConfig
+from pipeline.loader import PairLoader
 from pipeline.program import InputError, run_program
 from pipeline.shard_format import atomic_file
 from pipeline.torch_views import decode

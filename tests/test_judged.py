@@ -11,7 +11,7 @@ from model.encoder import EncoderConfig, EncoderError
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
 from model.run_state import RunState
-from pipeline.loader import DataConfig
+from pipeline.data_config import DataConfig
 from pipeline.program import InputError
 from pipeline.settings import to_plain
 

@@ -9,14 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import loader as loader_module
-from pipeline.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataConfig,
-    PairLoader,
-    cpu_threads,
-)
+from pipeline import engines
+from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, cpu_threads
+from pipeline.loader import PairLoader
 from pipeline.program import DataError, InputError
 from pipeline.quarantine import Quarantine
 from pipeline.shard_format import index_bytes, read_index
@@ -347,7 +342,7 @@ def test_without_shards_the_flag_is_named():
 
 
 def test_dali_that_is_asked_for_and_absent_is_an_input_error(shard_set, monkeypatch):
-    monkeypatch.setattr(loader_module, "DaliEngine", None)
+    monkeypatch.setattr(engines, "DaliEngine", None)
     with pytest.raises(InputError, match=r"--data\.engine dali: DALI is not installed"):
         loader_of(shard_set, "dali")
     assert readers() == []
@@ -355,7 +350,7 @@ def test_dali_that_is_asked_for_and_absent_is_an_input_error(shard_set, monkeypa
 
 def test_without_dali_the_automatic_engine_is_torchvision(shard_set, monkeypatch):
     expected = batches_of(shard_set, "torchvision", 1)
-    monkeypatch.setattr(loader_module, "DaliEngine", None)
+    monkeypatch.setattr(engines, "DaliEngine", None)
     assert_equal(batches_of(shard_set, "auto", 1)[0], expected[0])
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.loader import DataConfig, PairLoader
+from pipeline.data_config import DataConfig
+from pipeline.loader import PairLoader
 from pipeline.program import InputError
 from pipeline.show_views import ShowConfig, as_pictures, collect, drawn_values
 from pipeline.torch_views import decode

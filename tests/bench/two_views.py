@@ -27,7 +27,8 @@ from torchvision.datasets import ImageFolder
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from pipeline.loader import IMAGENET_MEAN, IMAGENET_STD, DataConfig, PairLoader
+from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from pipeline.loader import PairLoader
 from pipeline.make_shards import PackConfig, pack
 
 ROUNDS, BATCH, BATCHES = 5, 64, 12
