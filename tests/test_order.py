@@ -68,6 +68,24 @@ def test_a_step_reached_by_arithmetic_equals_the_one_reached_in_sequence(order, 
     assert fresh.batch(step).sample.tolist() == walked
 
 
+@given(order=orders(), stops=st.lists(st.integers(1, 12), min_size=1, max_size=4), data=st.data())
+def test_a_run_resumed_again_and_again_with_other_worlds_reads_what_one_run_reads(
+    order, stops, data
+):
+    # The state of a resume is the step alone; every life has its own Order and world size.
+    worlds = [world for world in (1, 2, 4, 8, 16) if order.lanes % world == 0]
+    read, done = [], 0
+    for length in stops:
+        world = data.draw(st.sampled_from(worlds))
+        life = Order(order.shard_samples, order.global_batch, order.seed, order.lanes, order.window)
+        for step in range(done, done + length):
+            for rank in range(world):
+                read += life.batch(step, rank, world).sample.tolist()
+        done += length
+    unbroken = np.concatenate([order.batch(step).sample for step in range(done)])
+    assert read == unbroken.tolist()
+
+
 def test_the_tail_differs_between_epochs_even_with_one_shard():
     order = even_order(shard_samples=np.array([103]))
     tails = [frozenset(range(103)) - frozenset(epoch_samples(order, e)) for e in range(6)]
