@@ -40,7 +40,7 @@ from model.moco import MoCo, groups_per_process
 from model.run_state import RunState
 from model.schedule import lr_at
 from model.stopping import StopRequest
-from pipeline.data_config import cpu_threads, make_order, open_store
+from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
 from pipeline.loader import PairBatch, PairLoader
 from pipeline.order import Order
 from pipeline.program import InputError, run_program
@@ -201,7 +201,14 @@ def report_knn(run: Run, report: RunReport, step: int) -> None:
         view = eval_view_of(config.data, protocol.interpolation)
         judged = Judged(moco.encoder_q.backbone, view, {"encoder": "encoder_q", "step": step})
         device = run.accelerator.device
-        result = knn_of_shards(judged, config.knn_train, config.knn_test, protocol, device=device)
+        result = knn_of_shards(
+            judged,
+            config.knn_train,
+            config.knn_test,
+            protocol,
+            device=device,
+            cache=cache_of(config.data),
+        )
         report.knn(step, result["top1"])
     run.accelerator.wait_for_everyone()
 
@@ -297,7 +304,7 @@ def check(config: TrainConfig) -> str:
         make_backbone(config.encoder)
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
-            require_labels(ShardStore(shards))
+            require_labels(ShardStore(shards, cache_of(config.data)))
     return store.manifest.sha256
 
 

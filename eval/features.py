@@ -15,6 +15,7 @@ from eval.judged import Judged
 from pipeline.data_config import DataConfig, cpu_threads
 from pipeline.eval_loader import EvalLoader
 from pipeline.program import InputError
+from pipeline.shard_cache import CacheConfig
 from pipeline.shard_format import NO_LABEL
 from pipeline.shard_store import ShardStore
 
@@ -33,25 +34,27 @@ class LabelledFeatures:
 @torch.inference_mode()
 def extract(
     judged: Judged,
-    shards: Path,
+    shards: str | Path,
     *,
     device: torch.device,
     batch: int = 256,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
     advance: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
     """Features of all pictures in ``shards``, in their order, in float32.
 
     Args:
         judged: what makes features.
-        shards: a folder with labels.
+        shards: a folder or URL of shards with labels.
         device: where it runs and where the features stay.
         batch: pictures at a time.
+        cache: for shards behind a URL.
         advance: told how many more are done.
 
     Raises:
         InputError: if the shards have no labels.
     """
-    store = ShardStore(shards)
+    store = ShardStore(shards, cache)
     require_labels(store)
     loader = EvalLoader(
         store, judged.view, batch=batch, device=device, threads=cpu_threads(DataConfig())
@@ -63,6 +66,7 @@ def extract(
         features.append(judged.network(views_N3HW).float())
         labels.append(label_N)
         advance(len(label_N))
+    store.close()
     judged.network.train(was_training)
     all_label_N = torch.from_numpy(np.concatenate(labels)).to(device)
     if bool((all_label_N == NO_LABEL).any()):

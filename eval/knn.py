@@ -37,7 +37,9 @@ from model.encoder import EncoderError
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.eval_loader import EvalView, Interpolation
 from pipeline.program import InputError, run_program
-from pipeline.shard_format import atomic_file, read_manifest
+from pipeline.shard_cache import CacheConfig
+from pipeline.shard_format import atomic_file
+from pipeline.shard_store import ShardStore
 
 CHUNK_ROWS = 1024  # test pictures at a time: 1024 x 1.28 M similarities are 5 GiB
 TOP5 = 5
@@ -71,10 +73,14 @@ class KnnConfig:
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run or of one checkpoint."""
-    train: Path
-    """Labelled shards that vote."""
-    test: Path
-    """Labelled shards that are judged."""
+    train: str
+    """Labelled shards that vote: a folder or a URL."""
+    test: str
+    """Labelled shards that are judged: a folder or a URL."""
+    cache: Path | None = None
+    """Folder on a local disk for shards behind a URL. None: mocostream in the user's cache."""
+    cache_gib: float = 100.0
+    """Most that may lie in --cache."""
     timm: str | None = None
     """Judge this timm network instead of a run."""
     weights: Path | None = None
@@ -168,14 +174,15 @@ def judge(train: LabelledFeatures, test: LabelledFeatures, protocol: KnnProtocol
     return {**by_k[headline], "k": headline, "by_k": by_k, "per_class": per_class}
 
 
-def knn_of_shards(
+def knn_of_shards(  # noqa: PLR0913 (keywords, each named at the call)
     judged: Judged,
-    train: Path,
-    test: Path,
+    train: str | Path,
+    test: str | Path,
     protocol: KnnProtocol,
     *,
     device: torch.device,
     batch: int = 256,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The whole evaluation, and its protocol beside the figures.
@@ -183,8 +190,8 @@ def knn_of_shards(
     Raises:
         InputError: if the shards lack labels or their classes differ.
     """
-    train_set = extract(judged, train, device=device, batch=batch, advance=advance)
-    test_set = extract(judged, test, device=device, batch=batch, advance=advance)
+    train_set = extract(judged, train, device=device, batch=batch, cache=cache, advance=advance)
+    test_set = extract(judged, test, device=device, batch=batch, cache=cache, advance=advance)
     result = judge(train_set, test_set, protocol)
     return {
         **result,
@@ -280,7 +287,8 @@ def main() -> None:
     console = Console()
     judged = choose(config, lambda message: console.print(message, style="yellow", markup=False))
     device = choose_device(config.device)
-    total = read_manifest(config.train).samples + read_manifest(config.test).samples
+    cache = CacheConfig(folder=config.cache, gib=config.cache_gib)
+    total = sum(ShardStore(s, cache).manifest.samples for s in (config.train, config.test))
     columns = (
         TextColumn("features"),
         BarColumn(),
@@ -297,6 +305,7 @@ def main() -> None:
             config.protocol,
             device=device,
             batch=config.batch,
+            cache=cache,
             advance=lambda count: progress.advance(bar, count),
         )
     print_result(console, result)

@@ -25,7 +25,14 @@ from pipeline.settings import from_plain, to_plain
 MAY_CHANGE = {
     *("resume", "output", "log_every", "save_every", "keep"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
-    *("data.shards", "data.threads", "data.engine", "data.max_bad_share"),
+    *(
+        "data.shards",
+        "data.cache",
+        "data.cache_gib",
+        "data.threads",
+        "data.engine",
+        "data.max_bad_share",
+    ),
 }
 
 
@@ -58,9 +65,9 @@ class TrainConfig:
     """Steps between checkpoints; the last step has one always."""
     keep: int = 3
     """Checkpoints that stay, at least 2."""
-    knn_train: Path | None = None
+    knn_train: str | None = None
     """Labelled shards that votes come from, for a kNN score during the run."""
-    knn_test: Path | None = None
+    knn_test: str | None = None
     """Labelled shards that are judged, for a kNN score during the run."""
     knn_every: int = 1000
     """Steps between kNN scores."""

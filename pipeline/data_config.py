@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.order import Order, default_lanes
 from pipeline.program import InputError, available_cores
+from pipeline.shard_cache import CacheConfig
 from pipeline.shard_store import ShardStore
 from pipeline.view_recipe import PairName
 
@@ -20,8 +21,12 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 class DataConfig:
     """Where the pictures come from and what views are made of them."""
 
-    shards: Path | None = None
-    """Folder that make_shards wrote."""
+    shards: str | None = None
+    """Folder that make_shards wrote, or its s3://, gs://, https://, http:// or hf:// URL."""
+    cache: Path | None = None
+    """Folder on a local disk for shards behind a URL. None: mocostream in the user's cache."""
+    cache_gib: float = 100.0
+    """Most that may lie in --data.cache, all processes of this machine together."""
     views: PairName = "moco-v2"
     """Augmentation recipe of the two views."""
     image_px: int = 224
@@ -56,7 +61,12 @@ def open_store(config: DataConfig) -> ShardStore:
     """The shards of a configuration, or an InputError that says which flag is missing."""
     if config.shards is None:
         raise InputError("no pictures: give the folder that make_shards wrote with --data.shards")
-    return ShardStore(config.shards)
+    return ShardStore(config.shards, cache_of(config))
+
+
+def cache_of(config: DataConfig) -> CacheConfig:
+    """Where copies of remote shards lie, and how much of them."""
+    return CacheConfig(folder=config.cache, gib=config.cache_gib)
 
 
 def make_order(store: ShardStore, config: DataConfig, global_batch: int, seed: int) -> Order:

@@ -96,7 +96,14 @@ class EvalLoader:
         pictures: list[Bytes] = []
         rows: list[tuple[int, int, int]] = []
         for shard in range(len(self._store.manifest.shards)):
-            for index, record in enumerate(self._store.records(shard)):
+            # The next ones meanwhile, where they have to be fetched.
+            self._store.prefetch(range(shard, min(shard + 4, len(self._store.manifest.shards))))
+            try:
+                records = self._store.records(shard)
+            except BadSampleError:
+                self.skipped += self._store.manifest.shards[shard].samples
+                continue
+            for index, record in enumerate(records):
                 try:
                     pictures.append(self._store.picture(shard, index))
                 except BadSampleError:

@@ -32,6 +32,8 @@ from pipeline.torch_views import DecodeError
 from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
 
 READ_AHEAD_BATCHES = 3
+# Half of it apart, the shards to come are asked for: 32 steps of a lane meet most of a window's.
+LOOK_AHEAD_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class PairLoader:
         self._recipes = PAIRS[config.views]
         self._batch = len(self.order.batch(start_step, rank, world).sample)
         self._step = start_step
+        self._rank, self._world = rank, world
+        if self.store.is_remote:
+            shards = self.order.shards_ahead(start_step, LOOK_AHEAD_STEPS, rank, world)
+            self.store.require_room(shards, LOOK_AHEAD_STEPS)
         self.quarantine = Quarantine(quarantine_path, config.max_bad_share)
         self._planner = BatchPlanner(
             self.store, self.order, self.quarantine, rank=rank, world=world
@@ -128,6 +134,7 @@ class PairLoader:
     def close(self) -> None:
         """Stop the threads; safe to call at any time and more than once."""
         self._stopping.set()
+        self.store.close()  # a reader that waits for a shard stops waiting
         self._reader.join()
         self._engine.close()
 
@@ -136,6 +143,8 @@ class PairLoader:
         item: PlannedBatch | BaseException
         while not self._stopping.is_set():
             try:
+                if self.store.is_remote and (step - self._step) % (LOOK_AHEAD_STEPS // 2) == 0:
+                    self._prefetch(step)
                 item = self.plan(step)
             except BaseException as error:  # handed to the consumer, who raises it
                 item = error
@@ -148,6 +157,21 @@ class PairLoader:
             if isinstance(item, BaseException):
                 return
             step += 1
+
+    def _prefetch(self, step: int) -> None:
+        """Fetch what the coming steps read, and then what the lanes' next windows begin with."""
+        per_lane = self.order.global_batch // self.order.lanes
+        epoch_step = step % self.order.steps_per_epoch
+        window = -(-self.order.window // per_lane)
+        next_window = (
+            step - epoch_step + min((epoch_step // window + 1) * window, self.order.steps_per_epoch)
+        )
+        ahead = [
+            self.order.shards_ahead(first, LOOK_AHEAD_STEPS, self._rank, self._world)
+            for first in (step, next_window)
+        ]
+        # A dict keeps the order of first use and one of each.
+        self.store.prefetch(list(dict.fromkeys(int(s) for part in ahead for s in part)))
 
     def _next_request(self) -> ViewRequest:
         item = self._planned.get()

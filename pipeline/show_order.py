@@ -48,8 +48,8 @@ DRAWN_STEPS, DRAWN_SAMPLES = 400, 6000
 class OrderConfig:
     """Which order of which shards."""
 
-    shards: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder that make_shards wrote; left out with --simulate."""
+    shards: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder that make_shards wrote, or its URL; left out with --simulate."""
     output: Path = Path("order.png")
     """PNG to write."""
     simulate: tuple[int, int] | None = None

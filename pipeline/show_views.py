@@ -45,8 +45,8 @@ JITTER_NAMES = ("brightness", "contrast", "saturation", "hue")
 class ShowConfig:
     """Which views of which pictures."""
 
-    shards: Annotated[Path, tyro.conf.Positional]
-    """Folder that make_shards wrote."""
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder that make_shards wrote, or its URL."""
     output: Annotated[Path, tyro.conf.Positional]
     """PNG to write."""
     views: PairName = "moco-v2"
@@ -91,7 +91,7 @@ def collect(
         for epoch in range(config.repeats):
             query_N3HW, key_N3HW = loader.make(planned, epoch)
             columns += [list(as_pictures(query_N3HW, data)), list(as_pictures(key_N3HW, data))]
-        records = loader.store.records(0)
+        records = loader.store.records(int(planned.places.shard[0]))
     size_px_N2 = np.stack([records["width"], records["height"]], axis=1).astype(np.int64)
     return originals, columns, size_px_N2
 
@@ -112,7 +112,9 @@ def draw_sheet(config: ShowConfig, originals: list[Image.Image], columns: list[A
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(titles[column], fontsize=10)
-    figure.suptitle(f"{config.views} at {config.image_px} px, {config.shards.name}", fontsize=11)
+    figure.suptitle(
+        f"{config.views} at {config.image_px} px, {Path(config.shards).name}", fontsize=11
+    )
     return figure
 
 

@@ -1,10 +1,12 @@
+import json
 import shutil
 import threading
 
 import numpy as np
 import pytest
 
-from pipeline import shard_store
+from pipeline import shard_source, shard_store
+from pipeline.local_tar import FileTar, MappedTar
 from pipeline.program import InputError
 from pipeline.shard_format import INDEX_RECORD, index_bytes, read_index
 from pipeline.shard_store import BadSampleError, ShardStore
@@ -92,22 +94,80 @@ def test_flags_of_the_future_do_not_drop_a_sample(own_set):
     assert ShardStore(own_set).picture(2, 7).size
 
 
-def test_a_missing_index_is_an_input_error_at_once(own_set):
-    (own_set / "shard-000002.index").unlink()
-    with pytest.raises(InputError, match=r"shard-000002\.index is missing"):
+def spoil_index(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "of another packing":
+        shutil.copy(path.with_name("shard-000000.index"), path)
+    else:
+        path.write_bytes(b"not an index")
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("missing", "unreadable index: .*No such file"),
+        ("of another packing", "has 9 samples, the manifest says 20"),
+        ("damaged", r"unreadable index: shard-000001\.index is not a shard index"),
+    ],
+)
+def test_without_a_good_index_the_samples_of_that_shard_are_bad(own_set, how, reason):
+    spoil_index(own_set / "shard-000001.index", how)
+    store = ShardStore(own_set)
+    for read in (store.picture, lambda shard, _: store.records(shard)):
+        with pytest.raises(BadSampleError, match=reason):
+            read(1, 0)
+    assert store.key(1, 0) == ""
+    assert store.picture(0, 0).size and store.picture(2, 0).size
+
+
+def test_a_shard_that_came_back_is_read_after_a_while(own_set, clean_pictures, monkeypatch):
+    tar = own_set / "shard-000000.tar"
+    tar.rename(own_set / "away")
+    store = ShardStore(own_set)
+    with pytest.raises(BadSampleError):
+        store.picture(0, 0)
+    (own_set / "away").rename(tar)
+    with pytest.raises(BadSampleError):
+        store.picture(0, 0)
+    monkeypatch.setattr(shard_store, "RETRY_AFTER_S", 0)
+    assert store.picture(0, 0).tobytes() == clean_pictures[0]
+
+
+def test_reading_and_mapping_give_the_same_bytes_and_the_same_reasons(own_set, monkeypatch):
+    tar = own_set / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    mapped = ShardStore(own_set)
+    monkeypatch.setattr(shard_source, "is_network", lambda _: True)
+    read = ShardStore(own_set)
+
+    def outcome(store, shard, index):
+        try:
+            return store.picture(shard, index).tobytes()
+        except BadSampleError as error:
+            return str(error)
+
+    places = [(shard, i) for shard in range(3) for i in range(store_size(mapped, shard))]
+    assert isinstance(read._shard(0).tar, FileTar) and isinstance(mapped._shard(0).tar, MappedTar)
+    assert [outcome(mapped, *p) for p in places] == [outcome(read, *p) for p in places]
+
+
+def store_size(store, shard):
+    return int(store.shard_samples[shard])
+
+
+def test_tars_may_lie_in_another_folder_than_their_indexes(own_set, clean_pictures, tmp_path):
+    away = tmp_path / "away"
+    away.mkdir()
+    for tar in own_set.glob("*.tar"):
+        tar.rename(away / tar.name)
+    manifest = json.loads((own_set / "manifest.json").read_text())
+    for tars in (str(away), "../away"):
+        (own_set / "manifest.json").write_text(json.dumps(manifest | {"tars": tars}))
+        assert ShardStore(own_set).picture(0, 3).tobytes() == clean_pictures[3]
+    (own_set / "manifest.json").write_text(json.dumps(manifest | {"tars": "pipe:cat"}))
+    with pytest.raises(InputError, match="pipe: is not served"):
         ShardStore(own_set)
-
-
-def test_an_index_of_another_packing_is_an_input_error(own_set):
-    shutil.copy(own_set / "shard-000000.index", own_set / "shard-000001.index")
-    with pytest.raises(InputError, match=r"has 9 samples, the manifest says 20"):
-        ShardStore(own_set).picture(1, 0)
-
-
-def test_a_damaged_index_is_an_input_error(own_set):
-    (own_set / "shard-000001.index").write_bytes(b"not an index")
-    with pytest.raises(InputError, match=r"shard-000001\.index is not a shard index"):
-        ShardStore(own_set).records(1)
 
 
 def test_a_picture_outlives_the_shard_that_it_came_from(shard_set, clean_pictures, monkeypatch):
