@@ -14,10 +14,11 @@ from contextlib import contextmanager
 class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
 
     def __init__(self, target, port=0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.target, self.fault = target, lambda number, path: None
+        self.target, self.fault = target, lambda *_: None
         self.requests, self.count_lock = [], threading.Lock()
         self.port = self.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
