@@ -96,7 +96,9 @@ class RemoteFolder:
     def close(self) -> None:
         """Give up what is being fetched."""
         self._stopping.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # Without cancel_futures: it drops them from the queue unnoticed, and who waits for one
+        # waits for ever. They end at once by themselves.
+        self._pool.shutdown(wait=False)
 
     def read(self, name: str) -> bytes:
         """A small file.
@@ -191,6 +193,8 @@ class RemoteFolder:
         attempts = 1 if self._is_down else attempts or self._policy.attempts
         problem: Exception = RefusedError("closed")
         for attempt in range(attempts):
+            if self._stopping.is_set():
+                break
             try:
                 result = once()
             except RefusedError:
@@ -207,6 +211,8 @@ class RemoteFolder:
                     self._counters.retries += 1
                 if self._stopping.wait(self._policy.pause_s(attempt)):
                     raise RefusedError("closed") from problem
+        if self._stopping.is_set():
+            raise RefusedError("closed") from problem
         self._is_down = True
         reason = str(problem) if isinstance(problem, RemoteError) else _first_line(problem)
         raise RefusedError(f"{reason} (tried {attempts} times)") from problem

@@ -410,3 +410,16 @@ def test_a_cache_that_cannot_hold_what_a_window_needs_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match=r"raise --data\.cache-gib, or lower --data\.window"):
         PairLoader(config, global_batch=8, seed=1, device=torch.device("cpu"))
+
+
+def test_closing_while_shards_are_being_fetched_ends_soon(proxy, tmp_path, monkeypatch):
+    proxy.fault = lambda _, path: ("slow", 0.3) if path.endswith(".tar") else None
+    monkeypatch.setattr(remote_folder, "PART_BYTES", 10_000)  # more parts than threads
+    for attempt in range(5):
+        store = ShardStore("s3://bucket/set", CacheConfig(folder=tmp_path / str(attempt)), QUICK)
+        store.prefetch(range(SHARDS))
+        time.sleep(0.15)
+        closing = threading.Thread(target=store.close, daemon=True)
+        closing.start()
+        closing.join(8)
+        assert not closing.is_alive() and not list((tmp_path / str(attempt)).glob("*.part"))
