@@ -393,7 +393,7 @@ WRONG = {
     "no recipe": ([], "no recipe: the first word is one of moco-v1, moco-v2, cifar10, demo"),
     "no shards": ([*TINY], "give the folder that make_shards wrote with --data.shards"),
     "shards that are not there": ([*TINY, "--data.shards", "nowhere"], "nowhere is not a folder"),
-    "shards without an index": ([*TINY, "--data.shards", "no_index"], "index is missing"),
+    "shards behind a shell": ([*TINY, "--data.shards", "pipe:touch pwned"], "pipe: is not served"),
     "unfinished shards": ([*TINY, "--data.shards", "unfinished"], "no manifest.json"),
     "a batch above the data": ([*TINY, "--batch", "48"], "48 is larger .* which has 40 pictures"),
     "a batch of odd groups": ([*TINY, "--batch", "6"], "batch of 6 .*--moco.batch-norm-groups"),
@@ -427,9 +427,8 @@ FILES = {
 @pytest.fixture
 def folder_of_mistakes(tmp_path, shard_set, monkeypatch):
     """The current folder, with wrong files and wrong shards in it."""
-    for name in ("no_index", "unfinished", "no_labels"):
+    for name in ("unfinished", "no_labels"):
         shutil.copytree(shard_set, tmp_path / name)
-    (tmp_path / "no_index" / "shard-000001.index").unlink()
     (tmp_path / "unfinished" / "manifest.json").unlink()
     manifest = tmp_path / "no_labels" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": []}))
@@ -450,6 +449,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(what, folder_of_mistakes, sh
     assert line.startswith("error: ")
     assert re.search(message, line), line
     assert not (folder_of_mistakes / "run").exists()
+    assert not (folder_of_mistakes / "pwned").exists()
 
 
 OUT_OF_RANGE = [
