@@ -34,7 +34,7 @@ from eval.run_config import MAY_CHANGE, TrainConfig, parse_arguments
 from eval.run_report import LOG_NAME, RunReport
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from model.encoder import EncoderError, make_backbone
-from model.info_nce import info_nce, pretext_accuracy
+from model.info_nce import info_nce_with_accuracy
 from model.key_queue import KeyQueue
 from model.moco import MoCo, groups_per_process
 from model.run_state import RunState
@@ -135,7 +135,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
                 group["lr"] = lr
             is_last = step + 1 == total_steps
             is_logged = is_due(step + 1, config.log_every) or is_last
-            loss, accuracy = train_step(run, batch, with_accuracy=is_logged)
+            loss, accuracy = train_step(run, batch)
             step += 1
             if is_logged:
                 values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
@@ -158,13 +158,12 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
     console.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
-def train_step(run: Run, batch: PairBatch, *, with_accuracy: bool) -> tuple[Tensor, Tensor]:
+def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
     query_ND, key_ND = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
-    loss = info_nce(query_ND, key_ND, run.queue.rows_KD, run.config.moco.temperature)
-    accuracy = torch.zeros_like(loss)
-    if with_accuracy:
-        accuracy = pretext_accuracy(query_ND.detach(), key_ND, run.queue.rows_KD)
+    loss, accuracy = info_nce_with_accuracy(
+        query_ND, key_ND, run.queue.rows_KD, run.config.moco.temperature
+    )
     run.queue.push(key_ND)  # already: the loss keeps no reference to the queue
     run.accelerator.backward(loss)
     run.optimizer.step()

@@ -6,9 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.info_nce import info_nce, pretext_accuracy
+from model.info_nce import chunked_sums, info_nce, info_nce_with_accuracy, pretext_accuracy
 
 SHAPES = [(1, 2, 1), (3, 8, 5), (4, 16, 64), (7, 5, 33), (16, 128, 100)]
+
+
+@pytest.fixture
+def set_chunk_rows(monkeypatch):
+    """``set_chunk_rows(m)`` makes every chunk m rows long."""
+
+    def set_rows(rows):
+        monkeypatch.setattr("model.info_nce.CHUNK_LOGITS", 0)
+        monkeypatch.setattr("model.info_nce.MIN_CHUNK_ROWS", rows)
+
+    return set_rows
 
 
 def plain_loss(query_ND, key_ND, queue_KD, temperature):
@@ -51,11 +62,11 @@ def with_gradient(loss_of, tensors, temperature):
     return loss.detach(), query_ND.grad
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.07, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.07, 0.2, 1.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("chunk_rows", [1, 7, 8192])
-def test_loss_and_gradient_equal_the_plain_form(shape, temperature, chunk_rows, monkeypatch):
-    monkeypatch.setattr("model.info_nce.CHUNK_ROWS", chunk_rows)
+def test_loss_and_gradient_equal_the_plain_form(shape, temperature, chunk_rows, set_chunk_rows):
+    set_chunk_rows(chunk_rows)
     tensors = triple(*shape)
     loss, grad_ND = with_gradient(info_nce, tensors, temperature)
     exact, exact_grad_ND = with_gradient(plain_loss, [t.double() for t in tensors], temperature)
@@ -63,6 +74,70 @@ def test_loss_and_gradient_equal_the_plain_form(shape, temperature, chunk_rows, 
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-6 / temperature)
     rounding = {"rtol": 1e-4, "atol": 1e-6 / temperature}
     torch.testing.assert_close(grad_ND.double(), exact_grad_ND, **rounding)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2, 10.0])
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_vectors_of_any_length_neither_over_nor_underflow(scale, temperature, set_chunk_rows):
+    set_chunk_rows(7)
+    query_ND, key_ND, queue_KD = triple(16, 32, 100)
+    growing_K1 = torch.linspace(0.1, scale, 100)[:, None]  # the highest logit comes late
+    tensors = scale * query_ND, key_ND, growing_K1 * queue_KD
+    loss, grad_ND = with_gradient(info_nce, tensors, temperature)
+    exact, exact_grad_ND = with_gradient(plain_loss, [t.double() for t in tensors], temperature)
+    largest = max(1.0, scale**2) / temperature  # logit; its rounding is what remains
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-6 * largest)
+    rounding = 1e-6 * largest * float(exact_grad_ND.abs().max())
+    torch.testing.assert_close(grad_ND.double(), exact_grad_ND, rtol=1e-4, atol=rounding)
+
+
+def test_a_queue_far_below_the_positive_leaves_a_gradient_in_the_right_direction():
+    """Weights of 2^-300 are zero in float32, in the plain form too; the loss stays finite."""
+    query_ND = torch.tensor([[1.0, 0.0]])
+    loss, grad_ND = with_gradient(info_nce, (query_ND, query_ND, -query_ND), 0.005)
+    assert loss.item() == 0.0
+    assert torch.equal(grad_ND, torch.zeros(1, 2))
+
+
+def test_float64_is_computed_in_float64():
+    tensors = [tensor.double() for tensor in triple(5, 16, 300)]
+    loss, grad_ND = with_gradient(info_nce, tensors, 0.07)
+    exact, exact_grad_ND = with_gradient(plain_loss, tensors, 0.07)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-13)
+    torch.testing.assert_close(grad_ND, exact_grad_ND, rtol=1e-11, atol=1e-14)
+
+
+def test_a_bfloat16_queue_is_read_exactly():
+    query_ND, key_ND, queue_KD = triple(8, 32, 500)
+    rounded_KD = queue_KD.bfloat16()
+    same = with_gradient(info_nce, (query_ND, key_ND, rounded_KD.float()), 0.07)
+    torch.testing.assert_close(
+        with_gradient(info_nce, (query_ND, key_ND, rounded_KD), 0.07), same, rtol=0, atol=0
+    )
+
+
+def test_half_precision_queries_get_a_gradient_of_their_own_type():
+    query_ND, key_ND, queue_KD = triple(8, 32, 500)
+    loss, grad_ND = with_gradient(info_nce, (query_ND.bfloat16(), key_ND, queue_KD), 0.2)
+    assert (loss.dtype, grad_ND.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_number_that_is_none_makes_the_loss_none():
+    query_ND, key_ND, queue_KD = triple(4, 8, 16)
+    queue_KD[9, 2] = torch.nan
+    assert info_nce(query_ND, key_ND, queue_KD, 0.2).isnan()
+
+
+def test_the_largest_tensor_of_a_pass_does_not_grow_with_the_queue():
+    """2^20 logits of a chunk and not N x K, whatever K is."""
+    sizes = []
+    for length in (40_000, 80_000):
+        query_ND, _, queue_KD = triple(64, 8, length)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            chunked_sums(query_ND, queue_KD)
+        allocated = [event.self_cpu_memory_usage for event in profile.events()]
+        sizes.append(max(allocated))
+    assert sizes[0] == sizes[1] <= 4 * 2**20
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
@@ -145,8 +220,8 @@ def test_shapes_that_do_not_fit_are_named(shapes):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 8192])
-def test_pretext_accuracy_equals_a_count_by_hand(chunk_rows, monkeypatch):
-    monkeypatch.setattr("model.info_nce.CHUNK_ROWS", chunk_rows)
+def test_pretext_accuracy_equals_a_count_by_hand(chunk_rows, set_chunk_rows):
+    set_chunk_rows(chunk_rows)
     query_ND, queue_KD = unit_rows(40, 3, seed=4), unit_rows(9, 3, seed=5)
     key_ND = F.normalize(query_ND + unit_rows(40, 3, seed=6), dim=1)
     right = sum(
@@ -155,6 +230,10 @@ def test_pretext_accuracy_equals_a_count_by_hand(chunk_rows, monkeypatch):
     )
     assert 0 < right < 40
     assert pretext_accuracy(query_ND, key_ND, queue_KD).item() == pytest.approx(right / 40)
+    for temperature in (0.005, 0.2, 10.0):
+        loss, accuracy = info_nce_with_accuracy(query_ND, key_ND, queue_KD, temperature)
+        assert accuracy.item() == pytest.approx(right / 40)
+        assert torch.equal(loss, info_nce(query_ND, key_ND, queue_KD, temperature))
 
 
 def test_a_key_that_is_in_the_queue_too_does_not_count_as_found():

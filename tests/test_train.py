@@ -236,7 +236,7 @@ def test_twenty_steps_are_algorithm_1_of_the_paper(tiny_run):
     reference = algorithm_1(tiny_run.moco, queue.rows_KD.clone(), pairs, tiny_run.config)
     for step, (expected_loss, expected_queue_KD, expected) in enumerate(reference):
         batch = PairBatch(*pairs[step], step, None, None, 0)
-        loss, _ = train.train_step(tiny_run, batch, with_accuracy=True)
+        loss, _ = train.train_step(tiny_run, batch)
         assert loss.item() == pytest.approx(expected_loss, abs=1e-3)
         oldest_first_KD = torch.roll(queue.rows_KD, -queue.place, dims=0)
         torch.testing.assert_close(oldest_first_KD.double(), expected_queue_KD, rtol=0, atol=1e-3)
@@ -255,7 +255,7 @@ def test_a_positive_is_never_among_its_negatives(tiny_run):
     query_ND = tiny_run.moco.encoder_q(view).detach()
     tiny_run.queue.rows_KD.copy_(-query_ND[[0] * 24])
     batch = PairBatch(view, view, 0, None, None, 0)
-    loss, accuracy = train.train_step(tiny_run, batch, with_accuracy=True)
+    loss, accuracy = train.train_step(tiny_run, batch)
     similarity_N = query_ND @ -query_ND[0]
     expected = (24 * ((similarity_N - 1) / 0.2).exp()).log1p().mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
