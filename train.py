@@ -37,6 +37,7 @@ from model.encoder import EncoderError, make_backbone
 from model.info_nce import info_nce_with_accuracy
 from model.key_queue import KeyQueue
 from model.moco import MoCo, groups_per_process
+from model.optimiser import make_optimiser
 from model.run_state import RunState
 from model.schedule import lr_at
 from model.stopping import StopRequest
@@ -86,12 +87,7 @@ def main() -> None:
         moco = MoCo(config.encoder, config.moco, config.batch, config.seed)
         queue = KeyQueue(config.moco.queue, config.encoder.dim, config.seed)
         queue = queue.to(accelerator.device)
-        optimizer = torch.optim.SGD(
-            moco.encoder_q.parameters(),
-            lr=config.optimiser.lr,
-            momentum=config.optimiser.momentum,
-            weight_decay=config.optimiser.weight_decay,
-        )
+        optimizer = make_optimiser(config.optimiser, moco.encoder_q.parameters())
         wrapped, optimizer = accelerator.prepare(moco, optimizer)
         state = RunState(moco, queue, optimizer, accelerator.scaler)
         if found:
@@ -130,7 +126,8 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
         while step < total_steps and not stops:
             with meter.waiting_for_data():
                 batch = next(run.loader)
-            lr = lr_at(config.optimiser, step, total_steps, run.loader.order.steps_per_epoch)
+            epoch_steps = run.loader.order.steps_per_epoch
+            lr = lr_at(config.optimiser, step, total_steps, epoch_steps, config.batch)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             is_last = step + 1 == total_steps
@@ -300,7 +297,7 @@ def check(config: TrainConfig) -> str:
     except ValueError as error:
         raise InputError(str(error)) from error
     with torch.device("meta"):
-        make_backbone(config.encoder)
+        make_backbone(config.encoder, config.data.image_px)
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
             require_labels(ShardStore(shards, cache_of(config.data)))

@@ -79,7 +79,7 @@ def checkpoint_encoder(
     encoder_config = from_plain(EncoderConfig, config["encoder"], f"{place}:encoder")
     data = from_plain(DataConfig, config["data"], f"{place}:data")
     torch.manual_seed(config["seed"])
-    encoder = Encoder(encoder_config)
+    encoder = Encoder(encoder_config, image_px=data.image_px)
     which = "encoder_k" if key_encoder else "encoder_q"
     if not untrained:
         encoder.load_state_dict(found.tensors[which])
@@ -101,7 +101,7 @@ def timm_encoder(name: str, weights: Path | None, view: EvalView) -> Judged:
         InputError: if the file is not there or does not fit the network.
     """
     torch.manual_seed(0)
-    backbone = make_backbone(EncoderConfig(backbone=name))
+    backbone = make_backbone(EncoderConfig(backbone=name), view.crop_px)
     if weights is not None:
         _load_backbone(backbone, name, weights)
     backbone.eval()
