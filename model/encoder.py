@@ -61,11 +61,6 @@ class EncoderConfig:
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise EncoderError(f"--encoder.{name} {value}: give a number of at least 1")
-        if self.layers and (len(self.layers) != STAGES or min(self.layers) < 1):
-            raise EncoderError(
-                f"--encoder.layers {' '.join(map(str, self.layers))}: give {STAGES} numbers of at "
-                "least 1, the blocks of each stage"
-            )
 
 
 class Encoder(nn.Module):
@@ -146,6 +141,11 @@ def _make_resnet(config: EncoderConfig, name: str, options: dict[str, Any]) -> n
     if config.heads is not None:
         raise EncoderError(
             f"--encoder.heads is for ViTs, {config.backbone!r} is a ResNet: leave it"
+        )
+    if config.layers and (len(config.layers) != STAGES or min(config.layers) < 1):
+        raise EncoderError(
+            f"--encoder.layers {' '.join(map(str, config.layers))}: give {STAGES} numbers of at "
+            "least 1, the blocks of each stage"
         )
     options = options | width_options(config.width)
     if config.layers:
