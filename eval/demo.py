@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.run_report import duration
+from pipeline.command_line import parse_flags
 from pipeline.program import InputError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ def conclude(
 
 def main() -> None:
     """Make the pictures, then run the three commands as a person would."""
-    config = tyro.cli(DemoConfig, description=__doc__)
+    config = parse_flags(DemoConfig, __doc__)
     folder, console = config.folder.absolute(), Console()
     if folder.exists():
         raise InputError(f"{config.folder} exists already: remove it, or name another folder")

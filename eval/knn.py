@@ -34,6 +34,7 @@ from eval.features import LabelledFeatures, align_labels, extract
 from eval.judged import Judged, checkpoint_encoder, open_checkpoint, pixels, timm_encoder
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderError
+from pipeline.command_line import parse_flags
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.eval_loader import EvalView, Interpolation
 from pipeline.program import InputError, run_program
@@ -283,7 +284,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse the command line, judge, print, write."""
-    config = tyro.cli(KnnConfig, description=__doc__)
+    config = parse_flags(KnnConfig, __doc__)
     console = Console()
     judged = choose(config, lambda message: console.print(message, style="yellow", markup=False))
     device = choose_device(config.device)

@@ -16,6 +16,7 @@ import tyro
 from model.encoder import EncoderConfig
 from model.moco import MoCoConfig
 from model.schedule import OptimiserConfig
+from pipeline.command_line import parse_flags
 from pipeline.data_config import DataConfig
 from pipeline.program import InputError
 from pipeline.settings import from_plain, to_plain
@@ -172,10 +173,7 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
             raise InputError(f"no recipe: the first word is one of {known}")
         default = RECIPES["moco-v2"]
     description = f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
-    try:
-        return tyro.cli(TrainConfig, default=default, args=rest, description=description)
-    except ValueError as error:  # a setting that its own class refuses
-        raise InputError(str(error)) from error
+    return parse_flags(TrainConfig, description, rest, default)
 
 
 def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:

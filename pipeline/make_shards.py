@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.command_line import parse_flags
 from pipeline.packing import (
     ShardJob,
     ShardResult,
@@ -251,7 +252,7 @@ def pack(config: PackConfig, console: Console) -> Manifest:
 
 def main() -> None:
     """Parse the command line and pack."""
-    config = tyro.cli(PackConfig, description=__doc__)
+    config = parse_flags(PackConfig, __doc__)
     console = Console()
     manifest = pack(config, console)
     line = f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py"

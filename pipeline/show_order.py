@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.command_line import parse_flags
 from pipeline.data_config import DataConfig, make_order, open_store
 from pipeline.order import Order, default_lanes
 from pipeline.program import InputError, run_program
@@ -208,7 +209,7 @@ def draw(order: Order, mixing: Mixing) -> Figure:
 
 def main() -> None:
     """Parse the command line, print the figures and draw the picture."""
-    config = tyro.cli(OrderConfig, description=__doc__)
+    config = parse_flags(OrderConfig, __doc__)
     order = order_of(config)
     mixing = measure(order, config.world)
     save(draw(order, mixing), config.output)

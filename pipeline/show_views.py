@@ -30,6 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from pipeline.command_line import parse_flags
 from pipeline.data_config import DataConfig
 from pipeline.loader import PairLoader
 from pipeline.program import InputError, run_program
@@ -174,7 +175,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     """Parse the command line and draw both pictures."""
-    config = tyro.cli(ShowConfig, description=__doc__)
+    config = parse_flags(ShowConfig, __doc__)
     originals, columns, size_px_N2 = collect(config)
     drawn = config.output.with_name(f"{config.output.stem}-drawn.png")
     save(draw_sheet(config, originals, columns), config.output)
