@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.header_check import checked_picture
 from pipeline.order import Ints, Order, Places
 from pipeline.quarantine import Quarantine
 from pipeline.shard_store import BadSampleError, ShardStore
+from pipeline.validate import Limits
 
 Bytes = NDArray[np.uint8]
 
@@ -35,16 +37,25 @@ class BatchPlanner:
         store: the shards.
         order: of the run.
         quarantine: told of every good and bad sample.
+        limits: of a picture that may be decoded.
         rank: of this process.
         world: number of processes.
     """
 
     def __init__(
-        self, store: ShardStore, order: Order, quarantine: Quarantine, *, rank: int, world: int
+        self,
+        store: ShardStore,
+        order: Order,
+        quarantine: Quarantine,
+        limits: Limits,
+        *,
+        rank: int,
+        world: int,
     ) -> None:
         self._store = store
         self._order = order
         self._quarantine = quarantine
+        self._limits = limits
         self._rank, self._world = rank, world
 
     def plan(self, step: int) -> PlannedBatch:
@@ -67,13 +78,13 @@ class BatchPlanner:
     def _read(self, planned: PlannedBatch, row: int) -> bool:
         shard, index = int(planned.places.shard[row]), int(planned.places.index[row])
         try:
-            planned.pictures[row] = self._store.picture(shard, index)
+            picture, width, height = checked_picture(self._store, shard, index, self._limits)
         except BadSampleError as error:
             self.reject(planned, row, str(error))
             return False
-        record = self._store.records(shard)[index]
-        planned.size_px_N2[row] = record["width"], record["height"]
-        planned.label_N[row] = record["label"]
+        planned.pictures[row] = picture
+        planned.size_px_N2[row] = width, height
+        planned.label_N[row] = self._store.records(shard)[index]["label"]
         return True
 
     def reject(self, planned: PlannedBatch, row: int, reason: str) -> None:

@@ -10,6 +10,7 @@ from pipeline.order import Order, default_lanes
 from pipeline.program import InputError, available_cores
 from pipeline.shard_cache import CacheConfig
 from pipeline.shard_store import ShardStore
+from pipeline.validate import Limits
 from pipeline.view_recipe import PairName
 
 Triple = tuple[float, float, float]
@@ -45,12 +46,16 @@ class DataConfig:
     """CPU threads of each process. 0: all cores, shared by this machine's processes."""
     engine: Literal["auto", "dali", "torchvision"] = "auto"
     """What makes the views: DALI where it is installed, else torchvision."""
+    max_pixels: int = Limits.max_pixels
+    """Width times height of a picture; a larger one is replaced and never decoded."""
     max_bad_share: float = 0.05
     """End the run when more than this share of all samples could not be used."""
 
     def __post_init__(self) -> None:
         if self.image_px < 1:
             raise InputError(f"--data.image-px {self.image_px}: give a number of at least 1")
+        if self.max_pixels < 1:
+            raise InputError(f"--data.max-pixels {self.max_pixels}: give a number of at least 1")
         if self.threads < 0:
             raise InputError(f"--data.threads {self.threads}: give 0 (all cores) or a number")
         if not all(0 < value < math.inf for value in self.std):

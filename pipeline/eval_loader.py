@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.header_check import checked_picture
 from pipeline.program import InputError
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.torch_views import decode, eval_picture, normalise
+from pipeline.validate import Limits
 
 try:
     from pipeline import dali_views
@@ -66,7 +68,8 @@ class EncodedPictures:
 class EvalLoader:
     """Iterator of ``(views_N3HW float32, label_N int64)``; the last batch may be smaller.
 
-    Samples whose bytes are damaged are left out and counted in ``skipped``.
+    Samples whose bytes or headers are damaged, and those too large to be decoded, are left out and
+    counted in ``skipped``.
 
     Args:
         store: the shards.
@@ -105,11 +108,12 @@ class EvalLoader:
                 continue
             for index, record in enumerate(records):
                 try:
-                    pictures.append(self._store.picture(shard, index))
+                    picture, width, height = checked_picture(self._store, shard, index, Limits())
                 except BadSampleError:
                     self.skipped += 1
                     continue
-                rows.append((int(record["width"]), int(record["height"]), int(record["label"])))
+                pictures.append(picture)
+                rows.append((width, height, int(record["label"])))
                 if len(pictures) == self._batch:
                     yield EncodedPictures(pictures, np.array(rows, dtype=np.int64))
                     pictures, rows = [], []

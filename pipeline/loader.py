@@ -29,6 +29,7 @@ from pipeline.engines import make_engine
 from pipeline.order import Ints
 from pipeline.quarantine import Quarantine
 from pipeline.torch_views import DecodeError
+from pipeline.validate import Limits
 from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
 
 READ_AHEAD_BATCHES = 3
@@ -92,7 +93,12 @@ class PairLoader:
             self.store.require_room(shards, LOOK_AHEAD_STEPS)
         self.quarantine = Quarantine(quarantine_path, config.max_bad_share)
         self._planner = BatchPlanner(
-            self.store, self.order, self.quarantine, rank=rank, world=world
+            self.store,
+            self.order,
+            self.quarantine,
+            Limits(max_pixels=config.max_pixels),
+            rank=rank,
+            world=world,
         )
         self._planned: queue.Queue[PlannedBatch | BaseException] = queue.Queue(READ_AHEAD_BATCHES)
         self._in_flight: deque[PlannedBatch] = deque()

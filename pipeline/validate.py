@@ -63,7 +63,7 @@ def accept_picture(data: bytes, limits: Limits) -> AcceptedPicture:
         Image.MAX_IMAGE_PIXELS = None  # ours is checked between the header and the decoding
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(*image.size, limits)
+            check_size(*image.size, limits)
             image.load()
             return _accept_decoded(image, data, limits)
         except RefusedError:
@@ -76,7 +76,12 @@ def accept_picture(data: bytes, limits: Limits) -> AcceptedPicture:
             raise RefusedError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Compare a picture's size, as its header gives it, with the limits.
+
+    Raises:
+        RefusedError: if it is too large or too small.
+    """
     if width * height > limits.max_pixels:
         raise RefusedError(f"{width}x{height} pixels, the limit is {limits.max_pixels} in all")
     if min(width, height) < limits.min_side_px:

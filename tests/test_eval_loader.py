@@ -112,8 +112,17 @@ def test_walking_again_does_not_count_the_same_damage_twice(own_set, flip_bit):
     assert loader.skipped == 1
 
 
+def test_a_header_that_lies_or_is_none_is_left_out_and_counted(
+    pack_set, clean_pictures, with_size, tmp_path
+):
+    bomb = with_size(clean_pictures[3], 60_000, 60_000)
+    pictures = [b"not a picture", *clean_pictures[1:3], bomb, *clean_pictures[4:9]]
+    loader = loader_of(pack_set(tmp_path / "lies", pictures, (9,)))
+    assert sum(len(views) for views, _ in loader) == 7 and loader.skipped == 2
+
+
 def test_a_picture_that_cannot_be_decoded_is_an_input_error(pack_set, clean_pictures, tmp_path):
-    pictures = [*clean_pictures[:5], b"not a picture", *clean_pictures[6:9]]
+    pictures = [*clean_pictures[:5], clean_pictures[5][:900], *clean_pictures[6:9]]
     folder = pack_set(tmp_path / "garbage", pictures, (9,))
     with pytest.raises(InputError, match=r"garbage has a picture that cannot be decoded \(.+\)"):
         list(loader_of(folder, batch=3))

@@ -19,7 +19,6 @@ from pipeline.torch_views import make_views
 from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
 
 STEPS_PER_EPOCH = 5  # 40 pictures, 8 a step
-GARBAGE = b"not a picture, yet with a checksum that fits"
 
 
 @pytest.fixture(params=["dali", "torchvision"])
@@ -67,8 +66,8 @@ def place_of(sample):
 
 
 def with_garbage(pack_set, folder, pictures, samples):
-    """The shards of ``shard_set`` where some pictures are bytes that nothing can decode."""
-    damaged = [GARBAGE if n in samples else picture for n, picture in enumerate(pictures)]
+    """The shards of ``shard_set`` where some pictures break off, which only a decoder notices."""
+    damaged = [p[: len(p) * 2 // 3] if n in samples else p for n, p in enumerate(pictures)]
     return pack_set(folder / "garbage", damaged, (9, 20, 11))
 
 
@@ -156,6 +155,23 @@ def test_an_undecodable_picture_is_replaced_logged_and_leaves_the_rest_alone(
     check_replaced(clean, damaged, {13, 31})
     assert {line["key"] for line in lines_of(log)} == {"bee/picture013", "bee/picture031"}
     assert all(line["reason"].startswith("cannot be decoded: ") for line in lines_of(log))
+
+
+def test_a_header_that_lies_is_replaced_before_a_decoder_believes_it(
+    shard_set, pack_set, clean_pictures, with_size, engine, tmp_path, monkeypatch
+):
+    bomb = with_size(clean_pictures[13], 60_000, 60_000)
+    pictures = [*clean_pictures[:13], bomb, *clean_pictures[14:31], b"<html>", *clean_pictures[32:]]
+    folder, log = pack_set(tmp_path / "lies", pictures, (9, 20, 11)), tmp_path / "quarantine.jsonl"
+    with loader_of(folder, engine, quarantine_path=log) as loader:
+        monkeypatch.setattr(loader, "_repair", None)  # no decoder is to complain
+        damaged = [next(loader) for _ in range(7)]
+    check_replaced(batches_of(shard_set, engine, 7), damaged, {13, 31})
+    reasons = {line["key"]: line["reason"] for line in lines_of(log)}
+    assert reasons == {
+        "bee/picture013": "60000x60000 pixels, the limit is 128000000 in all",
+        "bee/picture031": "not a picture in a known format",
+    }
 
 
 def check_replaced(clean, damaged, bad):

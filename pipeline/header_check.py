@@ -1,0 +1,58 @@
+"""The last look at a sample before a decoder sees it: its header against limits and index.
+
+A decoder reserves what a header claims, so a few hundred bytes can ask for gigabytes. Pictures that
+make_shards wrote have been decoded once; those of foreign shards nobody has looked at.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.picture_header import BadHeaderError, read_header
+from pipeline.shard_store import BadSampleError, ShardStore
+from pipeline.validate import Limits, RefusedError, check_size
+
+Bytes = NDArray[np.uint8]
+
+
+class CheckedPicture(NamedTuple):
+    """Encoded bytes that may be decoded, and what the decoder will make of them."""
+
+    picture: Bytes
+    width: int
+    """Pixels, as stored (EXIF rotation is not applied)."""
+    height: int
+    """Likewise."""
+
+
+def checked_picture(store: ShardStore, shard: int, index: int, limits: Limits) -> CheckedPicture:
+    """A sample whose header is within the limits and says what the index says.
+
+    An index without the size (0 x 0: whoever wrote it could not read the header, or it exceeds 16
+    bits) leaves the header's.
+
+    Args:
+        store: the shards.
+        shard: number of the shard.
+        index: of the sample in it.
+        limits: of bytes, looked at before any is read, and of pixels.
+
+    Raises:
+        BadSampleError: if it cannot be used; the message is the reason.
+    """
+    record = store.records(shard)[index]
+    if record["size"] > limits.max_bytes:
+        raise BadSampleError(f"{int(record['size'])} bytes, the limit is {limits.max_bytes}")
+    picture = store.picture(shard, index)
+    try:
+        header = read_header(picture)
+        check_size(header.width, header.height, limits)
+    except (BadHeaderError, RefusedError) as error:
+        raise BadSampleError(str(error)) from error
+    width, height = int(record["width"]), int(record["height"])
+    if width and height and (width, height) != (header.width, header.height):
+        raise BadSampleError(
+            f"its header says {header.width}x{header.height} pixels, its index {width}x{height}"
+        )
+    return CheckedPicture(picture, header.width, header.height)
