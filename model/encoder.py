@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -101,8 +102,10 @@ class Encoder(nn.Module):
         return projected
 
     def forward(self, view_N3HW: Tensor) -> Tensor:
-        """Unit-length embeddings, ``[N, D]`` float32."""
-        return F.normalize(self.projection(view_N3HW).float(), dim=1)
+        """Unit-length embeddings, ``[N, D]`` float32 (float64 from a float64 encoder)."""
+        projected = self.projection(view_N3HW)
+        at_least_float32 = torch.promote_types(projected.dtype, torch.float32)
+        return F.normalize(projected.to(at_least_float32), dim=1)
 
 
 def is_vit(backbone: nn.Module) -> bool:

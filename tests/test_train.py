@@ -23,13 +23,12 @@ from accelerate import Accelerator
 
 import train
 from eval.judged import checkpoint_encoder, open_checkpoint
-from eval.run_config import RECIPES, TrainConfig, parse_arguments
+from eval.run_config import RECIPES, parse_arguments
 from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
 from pipeline.loader import PairBatch
-from pipeline.settings import from_plain, to_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["demo", "--encoder.backbone", "test_resnet", "--encoder.stem", "imagenet",
@@ -89,88 +88,6 @@ def six_steps(tmp_path_factory, shard_set):
     """A run of six steps, longer than an epoch of five, with checkpoints after 3 and 6."""
     output = tmp_path_factory.mktemp("six") / "run"
     return trained(output, shard_set, "--steps", "6", "--save-every", "3")
-
-
-# The recipes -------------------------------------------------------------------------------------
-
-
-def numbers_of(recipe):
-    """What section 3.3 of the paper and the official defaults name, of one of our recipes."""
-    config = RECIPES[recipe]
-    encoder, moco, optimiser = config.encoder, config.moco, config.optimiser
-    return {
-        "backbone": (encoder.backbone, encoder.layers, encoder.stem),
-        "head": (encoder.head, encoder.dim),
-        "K, m, T": (moco.queue, moco.momentum, moco.temperature),
-        "batch norm": (moco.batch_norm, moco.batch_norm_groups),
-        "SGD": (optimiser.lr, optimiser.momentum, optimiser.weight_decay),
-        "schedule": optimiser.schedule,
-        "batch, epochs": (config.batch, config.epochs),
-        "precision": config.precision,
-        "views": (config.data.views, config.data.image_px),
-    }
-
-
-def test_moco_v1_is_the_published_recipe():
-    assert numbers_of("moco-v1") == {
-        "backbone": ("resnet50", None, "imagenet"),
-        "head": ("linear", 128),
-        "K, m, T": (65536, 0.999, 0.07),
-        "batch norm": ("shuffle", 8),
-        "SGD": (0.03, 0.9, 1e-4),
-        "schedule": "steps",
-        "batch, epochs": (256, 200),
-        "precision": "no",
-        "views": ("moco-v1", 224),
-    }
-    optimiser = RECIPES["moco-v1"].optimiser
-    assert [milestone * 200 for milestone in optimiser.milestones] == [120, 160]
-    assert optimiser.factor == 0.1
-
-
-def test_moco_v2_is_the_published_recipe():
-    assert numbers_of("moco-v2") == {
-        "backbone": ("resnet50", None, "imagenet"),
-        "head": ("mlp", 128),
-        "K, m, T": (65536, 0.999, 0.2),
-        "batch norm": ("shuffle", 8),
-        "SGD": (0.03, 0.9, 1e-4),
-        "schedule": "cosine",
-        "batch, epochs": (256, 200),
-        "precision": "no",
-        "views": ("moco-v2", 224),
-    }
-
-
-def test_cifar10_is_the_authors_notebook():
-    assert numbers_of("cifar10") == {
-        "backbone": ("resnet18", None, "cifar"),
-        "head": ("linear", 128),
-        "K, m, T": (4096, 0.99, 0.1),
-        "batch norm": ("shuffle", 8),
-        "SGD": (0.06, 0.9, 5e-4),
-        "schedule": "cosine",
-        "batch, epochs": (512, 200),
-        "precision": "no",
-        "views": ("cifar10", 32),
-    }
-    data = RECIPES["cifar10"].data
-    assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
-
-@pytest.mark.parametrize("recipe", ["moco-v1", "moco-v2"])
-def test_the_imagenet_recipes_normalise_as_torchvision(recipe):
-    data = RECIPES[recipe].data
-    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert data.eval_resize_px == 256
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_survives_the_way_through_json(recipe):
-    config = RECIPES[recipe]
-    plain = json.loads(json.dumps(to_plain(config)))
-    assert from_plain(TrainConfig, plain, "here") == config
-    assert config.recipe == recipe
 
 
 # Algorithm 1 -------------------------------------------------------------------------------------
