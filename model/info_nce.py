@@ -5,9 +5,9 @@ Stateless: the queue that supplies the negatives is in ``model/key_queue.py``.
 The gradient for the queries is worked out in the forward pass: the softmax-weighted mean of the
 keys is what it needs, and that can be summed up on the way through the queue as fused attention
 does. So no ``[N, K]`` logits exist at any time, and the queue may be overwritten as soon as the
-loss is computed. On CUDA one Triton kernel reads the queue (``model/info_nce_triton.py``),
-elsewhere PyTorch does it in chunks. The plain form, the truth for both, is in
-``tests/test_info_nce.py``.
+loss is computed. On CUDA one Triton kernel reads the queue (``model/info_nce_triton.py``), on a CPU
+each thread reads a part of it (``model/info_nce_threads.py``), elsewhere PyTorch does it in chunks.
+The plain form, the truth for all, is in ``tests/test_info_nce.py``.
 
 Letters in names: N images on this GPU, D embedding size, K queue length, M rows of a chunk,
 C = K + 1 candidates.
@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits of a chunk: 4 MiB of float32. 256 queries against 65,536 rows on two cores took 41 ms with
-# a quarter of it, 37 with a half and with this (half the barriers between threads), 43 with twice.
+# Logits of a chunk where all of the device works on it together: 4 MiB of float32.
 CHUNK_LOGITS = 2**20
 MIN_CHUNK_ROWS = 256
 
@@ -115,17 +114,20 @@ class _InfoNCE(torch.autograd.Function):
         return grad_outputs[0] * grad_ND, None, None, None
 
 
-def chunked_sums(scaled_ND: Tensor, queue_KD: Tensor) -> SoftmaxSums:
+def chunked_sums(
+    scaled_ND: Tensor, queue_KD: Tensor, chunk_logits: int = CHUNK_LOGITS
+) -> SoftmaxSums:
     """The sums with a running maximum over chunks, so that no temperature over- or underflows.
 
     Args:
         scaled_ND: queries over temperature, in units of log 2; float32 or float64.
         queue_KD: of any floating-point type.
+        chunk_logits: how many of the N times K logits exist at a time.
     """
     highest_N1 = scaled_ND.new_full((len(scaled_ND), 1), -torch.inf)
     total_N1 = torch.zeros_like(highest_N1)
     weighted_ND = torch.zeros_like(scaled_ND)
-    for rows_MD in queue_KD.split(max(MIN_CHUNK_ROWS, CHUNK_LOGITS // len(scaled_ND))):
+    for rows_MD in queue_KD.split(max(MIN_CHUNK_ROWS, chunk_logits // len(scaled_ND))):
         rows_MD = rows_MD.to(scaled_ND.dtype)
         logits_NM = _product(scaled_ND, rows_MD)
         new_highest_N1 = torch.maximum(highest_N1, logits_NM.amax(dim=1, keepdim=True))
@@ -151,6 +153,10 @@ def _product(a_NX: Tensor, b_MX: Tensor) -> Tensor:
 @cache
 def _form_for(device: torch.device, dim: int) -> Callable[[Tensor, Tensor], SoftmaxSums]:
     """How the queue is read on a device; found out once for each embedding size."""
+    if device.type == "cpu":
+        from model.info_nce_threads import threaded_sums
+
+        return threaded_sums
     if device.type != "cuda":
         return chunked_sums
     try:

@@ -16,7 +16,7 @@ def set_chunk_rows(monkeypatch):
     """``set_chunk_rows(m)`` makes every chunk m rows long."""
 
     def set_rows(rows):
-        monkeypatch.setattr("model.info_nce.CHUNK_LOGITS", 0)
+        monkeypatch.setattr("model.info_nce_threads.CHUNK_LOGITS", 0)
         monkeypatch.setattr("model.info_nce.MIN_CHUNK_ROWS", rows)
 
     return set_rows
