@@ -32,6 +32,7 @@ from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
 from eval.run_config import MAY_CHANGE, TrainConfig, parse_arguments
 from eval.run_report import LOG_NAME, RunReport
+from eval.sample_log import SampleLog
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from model.encoder import EncoderError, make_backbone
 from model.info_nce import info_nce_with_accuracy
@@ -122,7 +123,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
     report = open_report(run, first_step, total_steps, console)
     step = first_step
     stops = False
-    with report:
+    with report, open_sample_log(run, first_step) as samples:
         while step < total_steps and not stops:
             with meter.waiting_for_data():
                 batch = next(run.loader)
@@ -134,6 +135,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             is_logged = is_due(step + 1, config.log_every) or is_last
             loss, accuracy = train_step(run, batch)
             step += 1
+            samples.write(step, batch.sample_N)
             if is_logged:
                 values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
                 report.steps(step, values | meter.read() | {"learning_rate": lr})
@@ -236,6 +238,13 @@ def open_report(run: Run, first_step: int, total_steps: int, console: Console) -
         track=lambda values, step: accelerator.log(values, step=step),
         console=console,
     )
+
+
+def open_sample_log(run: Run, first_step: int) -> SampleLog:
+    """The log of this process's samples, where the settings ask for one."""
+    accelerator = run.accelerator
+    folder = run.output if run.config.log_samples else None
+    return SampleLog(folder, accelerator.process_index, accelerator.num_processes, first_step)
 
 
 def introduce(

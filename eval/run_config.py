@@ -24,7 +24,7 @@ from pipeline.settings import from_plain, to_plain
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
-    *("resume", "output", "log_every", "save_every", "keep"),
+    *("resume", "output", "log_every", "log_samples", "save_every", "keep"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *(
         "data.shards",
@@ -62,6 +62,8 @@ class TrainConfig:
     """Go on after the newest intact checkpoint in --output."""
     log_every: int = 10
     """Steps between reports."""
+    log_samples: bool = False
+    """Write the numbers of each step's samples to samples-RANK.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints; the last step has one always."""
     keep: int = 3

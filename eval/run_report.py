@@ -169,15 +169,16 @@ def trim_log(path: Path, step: int) -> None:
     """Drop what an earlier part of the run logged after the checkpoint that is resumed from."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    kept = [line for line in path.read_text().splitlines() if step_of(line) <= step]
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(f"{line}\n" for line in kept))
     part.replace(path)
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a logged line; infinite for a line that a kill left half-written."""
     try:
         logged: dict[str, Any] = json.loads(line)
         return float(logged["step"])
     except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # the half-written last line of a killed run
+        return math.inf

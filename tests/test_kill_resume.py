@@ -1,0 +1,38 @@
+"""A run that is killed again and again ends exactly as one that never was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parent / "bench" / "kill_resume.py"
+
+
+def last_line(*words):
+    """What the program says in the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_three_times_ends_as_one_never_killed():
+    line = last_line("--cycles", "3")
+    assert (line["cycles"], line["equal"]) == (3, True)
+    assert line["left_half_written"] >= 1  # this seed's kills come while checkpoints are written
+
+
+@pytest.mark.slow
+def test_a_run_killed_fifty_times_ends_as_one_never_killed():
+    line = last_line("--cycles", "50")
+    assert (line["cycles"], line["equal"]) == (50, True)
+    assert line["left_half_written"] >= 5
