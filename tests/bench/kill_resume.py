@@ -42,7 +42,7 @@ from pipeline.shard_format import Sample, write_manifest, write_shard
 
 WORLD, PICTURES, BATCH = 2, 64, 8
 AIM_STEPS, STEPS_PER_CYCLE = 8, 20  # so that the run outlasts all cycles
-PATIENCE_S = 60.0
+PATIENCE_S, RUN_S = 120.0, 900.0
 FLAGS = ["demo", "--encoder.backbone", "test_resnet", "--encoder.stem", "imagenet",
          "--encoder.dim", "16", "--moco.queue", "20", "--batch", str(BATCH), "--data.threads", "1",
          "--data.engine", "torchvision", "--data.image-px", "16", "--data.eval-resize-px", "16",
@@ -138,21 +138,24 @@ class Life:
             os.kill(self._pids[rank], signal.SIGKILL)
             time.sleep(apart_s)
 
-    def end(self) -> list[int]:
+    def end(self, patience_s: float) -> list[int]:
         """Exit codes by rank, minus the signal for those killed by one."""
-        return [exit_code(pid, f"{self.run}.{rank}.log") for rank, pid in enumerate(self._pids)]
+        return [
+            exit_code(pid, f"{self.run}.{rank}.log", patience_s)
+            for rank, pid in enumerate(self._pids)
+        ]
 
 
-def exit_code(pid: int, log: str) -> int:
+def exit_code(pid: int, log: str, patience_s: float) -> int:
     """How a process ended; it is given time to."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
-    raise SystemExit(f"a process did not end within {PATIENCE_S:.0f} s: see {log}")
+    raise SystemExit(f"a process did not end within {patience_s:.0f} s: see {log}")
 
 
 def newest_step(run: Path) -> int:
@@ -175,7 +178,7 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random) -> dict[
         time.sleep(draw.uniform(0, 0.008))
     ranks = draw.choice([[0, 1], [1, 0], [0], [1]])
     life.kill(ranks, draw.choice([0.0, 0.003]))
-    codes = life.end()
+    codes = life.end(PATIENCE_S)
     if any(codes[rank] != -signal.SIGKILL for rank in ranks) or 0 in codes:
         raise SystemExit(f"the run ended by itself with {codes}: see {run}.*.log")
     return {"aim": aim, "killed": ranks, "exit_codes": codes, "half_written": life.is_saving(),
@@ -201,7 +204,7 @@ def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
     shards, steps = write_set(folder / "shards"), cycles * STEPS_PER_CYCLE
     started = time.monotonic()
     whole, killed = folder / "whole", folder / "killed"
-    if Life(whole, shards, steps).end() != [0] * WORLD:
+    if Life(whole, shards, steps).end(RUN_S) != [0] * WORLD:
         raise SystemExit(f"the run without kills failed: see {whole}.*.log")
     draw = random.Random(seed)
     seen: Counter[str] = Counter()
@@ -210,7 +213,7 @@ def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
         seen.update({str(line["aim"]): 1, "half_written": int(bool(line["half_written"]))})
         sys.stdout.write(json.dumps({"cycle": number + 1, **line}) + "\n")
         sys.stdout.flush()
-    if Life(killed, shards, steps).end() != [0] * WORLD:
+    if Life(killed, shards, steps).end(RUN_S) != [0] * WORLD:
         raise SystemExit(f"the last resume failed: see {killed}.*.log")
     first, second = contents(whole, steps), contents(killed, steps)
     batches = global_batches(killed)
@@ -239,8 +242,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     line = compare(folder, given.cycles, given.seed)
     sys.stdout.write(json.dumps(line) + "\n")
-    if not given.folder and line["equal"]:
+    if line["equal"] and not given.folder:
         shutil.rmtree(folder)
+    elif not line["equal"]:
+        sys.stderr.write(f"both runs are left in {folder}\n")
     sys.exit(0 if line["equal"] else 1)
 
 
