@@ -9,12 +9,9 @@ whatever the number of processes.
 
 import contextlib
 import json
-import multiprocessing
-import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -30,14 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.command_line import parse_flags
-from pipeline.packing import (
-    ShardJob,
-    ShardResult,
-    Shared,
-    pack_shard,
-    plan_shards,
-    start_worker,
-)
+from pipeline.packing import ShardJob, ShardResult, pack_shard, plan_shards
 from pipeline.program import InputError, available_cores, run_program
 from pipeline.shard_format import (
     MANIFEST_NAME,
@@ -48,6 +38,7 @@ from pipeline.shard_format import (
 )
 from pipeline.sources import Source, image_folder, shuffled
 from pipeline.validate import Limits
+from pipeline.worker_pool import run_jobs
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
@@ -131,8 +122,6 @@ def remove_unfinished(output: Path, made: list[Path]) -> None:
 
 def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[ShardResult]:
     """Run the jobs in parallel processes, with a progress bar that counts pictures."""
-    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-    shared = Shared(context.Value("q", 0), context.Event())
     total = sum(len(job.pictures) for job in jobs)
     columns = (
         TextColumn("packing"),
@@ -141,31 +130,18 @@ def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[Shard
         TextColumn("pictures"),
         TimeRemainingColumn(),
     )
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=start_worker, initargs=(shared,)
-        ) as pool,
-    ):
+    results: dict[int, ShardResult] = {}
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("packing", total=total)
-        # Ctrl-C reaches every process of the terminal: blocked here, so that the workers, which
-        # inherit it, never see one, and the program alone answers it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures: list[Future[ShardResult]] = [pool.submit(pack_shard, job) for job in jobs]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        try:
-            waiting = set(futures)
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.1)
-                for future in finished:
-                    future.result()  # the first failure ends the packing
-                progress.update(bar, completed=shared.done.value)
-        except BaseException:
-            shared.stopping.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        run_jobs(
+            pack_shard,
+            jobs,
+            workers,
+            results.__setitem__,
+            lambda done: progress.update(bar, completed=done),
+        )
         progress.update(bar, completed=total)
-    return [future.result() for future in futures]
+    return [results[number] for number in range(len(jobs))]
 
 
 def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:

@@ -5,20 +5,14 @@ bytes do not depend on the number of processes.
 """
 
 import contextlib
-import errno
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from pipeline.shard_format import Sample, ShardInfo, index_name, write_shard
 from pipeline.sources import SourcePicture
 from pipeline.validate import Limits, RefusedError, accept_picture
+from pipeline.worker_pool import advance
 
 
 @dataclass(frozen=True)
@@ -61,34 +55,6 @@ def plan_shards(
     return [(folder / f"shard-{number:06d}.tar", group) for number, group in enumerate(groups)]
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What the worker processes and the program share."""
-
-    done: "Synchronized[int]"  # pictures, for the progress bar
-    stopping: Event
-
-
-_shared: Shared | None = None
-
-
-def start_worker(shared: Shared) -> None:
-    """Make ready a process of the pool."""
-    global _shared  # a pool has no other way to hand a worker shared memory
-    _shared = shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # libtiff writes a line to standard error for every odd tag; reasons travel as exceptions.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _end_with_parent() -> None:
-    """A worker waits for work for ever; without the program there will be none."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
 def pack_shard(job: ShardJob) -> ShardResult:
     """Validate the pictures of one shard and write it.
 
@@ -128,8 +94,4 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
                 height=accepted.height,
                 label=picture.label,
             )
-        if _shared is not None:
-            with _shared.done.get_lock():
-                _shared.done.value += 1
-            if _shared.stopping.is_set():
-                raise InterruptedError(errno.EINTR, "packing was stopped")
+        advance(1)
