@@ -27,17 +27,19 @@ from rich.console import Console
 from torch import Tensor
 
 from eval.features import require_labels
-from eval.judged import Judged, eval_view_of
+from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
 from eval.run_config import MAY_CHANGE, TrainConfig, parse_arguments
 from eval.run_report import LOG_NAME, RunReport
 from eval.sample_log import SampleLog
+from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from model.encoder import EncoderError, make_backbone
 from model.info_nce import info_nce_with_accuracy
 from model.key_queue import KeyQueue
 from model.moco import MoCo, groups_per_process
+from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
 from model.run_state import RunState
 from model.schedule import lr_at
@@ -86,6 +88,8 @@ def main() -> None:
     ) as loader:
         torch.manual_seed(config.seed)
         moco = MoCo(config.encoder, config.moco, config.batch, config.seed)
+        if not found and (start := starting_weights(config.encoder, config.data.image_px)):
+            start_from(moco, start)
         queue = KeyQueue(config.moco.queue, config.encoder.dim, config.seed)
         queue = queue.to(accelerator.device)
         optimizer = make_optimiser(config.optimiser, moco.encoder_q.parameters())
@@ -307,6 +311,7 @@ def check(config: TrainConfig) -> str:
         raise InputError(str(error)) from error
     with torch.device("meta"):
         make_backbone(config.encoder, config.data.image_px)
+    starting_weights(config.encoder, config.data.image_px)
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
             require_labels(ShardStore(shards, cache_of(config.data)))
@@ -398,4 +403,4 @@ def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: st
 
 
 if __name__ == "__main__":
-    run_program(main, (CheckpointError, EncoderError))
+    run_program(main, (CheckpointError, EncoderError, WeightsError))

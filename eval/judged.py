@@ -1,24 +1,22 @@
-"""What an evaluation judges: the encoder of a run, of one checkpoint, or a timm network.
+"""What an evaluation judges: the encoder of a run, of any project's checkpoint, or pixels.
 
 Letters in names: N images, F features, H W pixels.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from model.checkpoint import FOLDER_PATTERN, Checkpoint, load_checkpoint, newest_checkpoint
+from eval.weights_source import Choice, eval_view_of, open_weights, starting_weights
+from model.checkpoint import Checkpoint, file_sha256
 from model.encoder import Encoder, EncoderConfig, make_backbone
+from model.weights import put_into
 from pipeline.data_config import DataConfig
 from pipeline.eval_loader import EvalView, Interpolation
-from pipeline.program import InputError
 from pipeline.settings import from_plain
 
 
@@ -34,31 +32,6 @@ class Judged:
     about: dict[str, Any]
 
 
-def eval_view_of(data: DataConfig, interpolation: Interpolation) -> EvalView:
-    """How pictures are shown to an encoder that was trained with these settings."""
-    return EvalView(
-        resize_px=data.eval_resize_px,
-        crop_px=data.image_px,
-        interpolation=interpolation,
-        mean=data.mean,
-        std=data.std,
-    )
-
-
-def open_checkpoint(path: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint at ``path``: the newest one of a run, or one by its own folder.
-
-    Raises:
-        InputError: if there is nothing.
-        CheckpointError: if there is no intact one.
-    """
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give a run or one of its checkpoints")
-    if FOLDER_PATTERN.fullmatch(path.resolve().name):
-        return load_checkpoint(path)
-    return newest_checkpoint(path, warn)
-
-
 def checkpoint_encoder(
     found: Checkpoint,
     interpolation: Interpolation,
@@ -72,7 +45,7 @@ def checkpoint_encoder(
         found: an intact checkpoint.
         interpolation: of the evaluation view.
         key_encoder: judge the key encoder instead of the query encoder.
-        untrained: fresh weights from the run's own seed.
+        untrained: the weights it started with: from the run's own seed, or its --encoder.weights.
     """
     config = found.state["config"]
     place = str(found.folder / "state.json")
@@ -83,6 +56,8 @@ def checkpoint_encoder(
     which = "encoder_k" if key_encoder else "encoder_q"
     if not untrained:
         encoder.load_state_dict(found.tensors[which])
+    elif weights := starting_weights(encoder_config, data.image_px):
+        put_into(encoder.backbone, weights)
     encoder.eval()
     about = {
         "checkpoint": found.folder.name,
@@ -94,34 +69,37 @@ def checkpoint_encoder(
     return Judged(encoder.backbone, eval_view_of(data, interpolation), about)
 
 
-def timm_encoder(name: str, weights: Path | None, view: EvalView) -> Judged:
-    """A timm network with random weights or with those of a local safetensors file.
+def timm_encoder(name: str, view: EvalView) -> Judged:
+    """A timm network with random weights, the same every time.
 
     Raises:
-        InputError: if the file is not there or does not fit the network.
+        EncoderError: if timm does not know it.
     """
     torch.manual_seed(0)
-    backbone = make_backbone(EncoderConfig(backbone=name), view.crop_px)
-    if weights is not None:
-        _load_backbone(backbone, name, weights)
-    backbone.eval()
-    about = {"backbone": name, "encoder": "timm", "weights": str(weights) if weights else "random"}
-    return Judged(backbone, view, about)
+    backbone = make_backbone(EncoderConfig(backbone=name), view.crop_px).eval()
+    return Judged(backbone, view, {"backbone": name, "encoder": "timm", "weights": "random"})
 
 
-def _load_backbone(backbone: nn.Module, name: str, weights: Path) -> None:
-    if not weights.is_file():
-        raise InputError(f"--weights {weights} is not a file: give a local .safetensors file")
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise InputError(f"--weights {weights} is not a safetensors file ({error})") from error
-    tensors = {key: value for key, value in tensors.items() if not re.match(r"(fc|head)\.", key)}
-    try:
-        backbone.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise InputError(f"--weights {weights} does not fit {name}: {first}") from error
+def foreign_encoder(path: Path, choice: Choice, warn: Callable[[str], None]) -> Judged:
+    """The backbone in another project's checkpoint file.
+
+    Raises:
+        InputError, WeightsError, EncoderError: if there is no whole one.
+    """
+    source = open_weights(path, choice, warn)
+    weights = source.weights
+    for note in weights.notes:
+        warn(note)
+    backbone = make_backbone(weights.network, weights.image_px)
+    put_into(backbone, weights)
+    about = {
+        "weights": str(path),
+        "weights_sha256": file_sha256(path),
+        "backbone": weights.network.backbone,
+        "encoder": weights.about,
+        **weights.facts,
+    }
+    return Judged(backbone.eval(), source.view, about)
 
 
 def pixels(view: EvalView) -> Judged:

@@ -2,11 +2,12 @@
 
     python eval/knn.py RUN --train TRAIN_SHARDS --test TEST_SHARDS
 
-RUN is a run or one of its checkpoints; --timm NAME judges a timm network, --pixels the pictures
-themselves. The default is DINO's protocol (eval_knn.py of https://arxiv.org/abs/2104.14294): pooled
-backbone features of unit length, cosine similarity, each of the k nearest training pictures votes
-with exp(similarity / 0.07), 256 bicubic and the middle 224. A kNN figure means nothing without
-its protocol, so the result carries all of it.
+RUN is a run or one of its checkpoints; --weights FILE judges the checkpoint of another project,
+--timm NAME a random timm network, --pixels the pictures themselves. The default is DINO's protocol
+(eval_knn.py of https://arxiv.org/abs/2104.14294): pooled backbone features of unit length, cosine
+similarity, each of the k nearest training pictures votes with exp(similarity / 0.07), 256 bicubic
+and the middle 224. A kNN figure means nothing without its protocol, so the result carries all of
+it.
 
 Letters in names: N test images, M training images, F features, C classes, K neighbours.
 """
@@ -31,9 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eval.features import LabelledFeatures, align_labels, extract
-from eval.judged import Judged, checkpoint_encoder, open_checkpoint, pixels, timm_encoder
+from eval.judged import Judged, checkpoint_encoder, foreign_encoder, pixels, timm_encoder
+from eval.weights_source import Choice, open_checkpoint
 from model.checkpoint import CheckpointError
-from model.encoder import EncoderError
+from model.encoder import EncoderConfig, EncoderError
+from model.network_shape import WeightsError
+from model.weights import Which
 from pipeline.command_line import parse_flags
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.eval_loader import EvalView, Interpolation
@@ -83,9 +87,9 @@ class KnnConfig:
     cache_gib: float = 100.0
     """Most that may lie in --cache."""
     timm: str | None = None
-    """Judge this timm network instead of a run."""
+    """Judge this timm network with random weights; with --weights, the network they are for."""
     weights: Path | None = None
-    """For --timm: a local safetensors file; random weights without it."""
+    """Judge the backbone in a checkpoint file of another project; README.md lists them."""
     pixels: bool = False
     """Judge the pixels of the evaluation view, without an encoder."""
     untrained: bool = False
@@ -106,10 +110,15 @@ class KnnConfig:
     """The rule of the vote."""
 
     def __post_init__(self) -> None:
-        if self.run is None and self.timm is None and not self.pixels:
-            raise InputError("nothing to judge: give a run, --timm NAME or --pixels")
-        if self.timm is not None and (self.run is not None or self.pixels):
-            raise InputError("--timm is judged alone: leave out the run and --pixels")
+        foreign = self.timm is not None or self.weights is not None
+        if self.run is None and not foreign and not self.pixels:
+            raise InputError(
+                "nothing to judge: give a run, --weights FILE, --timm NAME or --pixels"
+            )
+        if foreign and (self.run is not None or self.pixels):
+            raise InputError(
+                "--timm and --weights are judged alone: leave out the run and --pixels"
+            )
         for name in ("batch", "resize_px", "crop_px"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -237,8 +246,13 @@ def choose(config: KnnConfig, warn: Callable[[str], None]) -> Judged:
             key_encoder=config.key_encoder,
             untrained=config.untrained,
         )
-    if config.timm is not None:
-        judged = timm_encoder(config.timm, config.weights, view)
+    if config.weights is not None:
+        encoder: Which = "key" if config.key_encoder else "query"
+        network = EncoderConfig(backbone=config.timm) if config.timm else None
+        choice = Choice(encoder=encoder, network=network, interpolation=interpolation)
+        judged = foreign_encoder(config.weights, choice, warn)
+    elif config.timm is not None:
+        judged = timm_encoder(config.timm, view)
     resize_px = config.resize_px or judged.view.resize_px
     crop_px = config.crop_px or judged.view.crop_px
     if crop_px > resize_px:
@@ -316,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, (CheckpointError, EncoderError))
+    run_program(main, (CheckpointError, EncoderError, WeightsError))

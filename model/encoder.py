@@ -8,6 +8,7 @@ Letters in names: N images, H W pixels, F features of the backbone, D embedding 
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -56,6 +57,8 @@ class EncoderConfig:
     """Width of the hidden layers of projector and predictor; v3 only."""
     dim: int = 128
     """Size of queries and keys."""
+    weights: Path | None = None
+    """Start from this backbone instead of a random one: a checkpoint of any project, or a run."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden", "width"):

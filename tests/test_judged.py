@@ -1,15 +1,19 @@
-"""What is judged: a run, one of its checkpoints, a timm network."""
+"""What is judged: a run, one of its checkpoints, a timm network, other projects'."""
+
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from eval.judged import checkpoint_encoder, eval_view_of, open_checkpoint, timm_encoder
+from eval.judged import checkpoint_encoder, foreign_encoder, timm_encoder
+from eval.weights_source import Choice, eval_view_of, open_checkpoint
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, EncoderError
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
+from model.network_shape import WeightsError
 from model.run_state import RunState
 from pipeline.data_config import DataConfig
 from pipeline.program import InputError
@@ -103,34 +107,52 @@ def test_a_place_without_a_checkpoint_is_an_error(tmp_path):
         open_checkpoint(tmp_path / "step-000000003", pytest.fail)
 
 
-def test_a_timm_network_without_weights_is_random_but_the_same_every_time():
-    first, second = (timm_encoder("test_resnet", None, VIEW) for _ in range(2))
+def test_a_timm_network_is_random_but_the_same_every_time():
+    first, second = (timm_encoder("test_resnet", VIEW) for _ in range(2))
     assert_same(first.network, second.network.state_dict())
     assert first.about == {"backbone": "test_resnet", "encoder": "timm", "weights": "random"}
 
 
-def test_weights_from_a_file_are_loaded_without_the_classifier(tmp_path):
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_the_checkpoint_of_another_project_is_judged_by_its_own_view(which, tmp_path):
+    theirs = {name: timm.create_model("resnet18", num_classes=10) for name in ("query", "key")}
+    state = {f"module.encoder_{which[0]}.{name}": tensor for which, network in theirs.items()
+             for name, tensor in network.state_dict().items()}  # fmt: skip
+    path = tmp_path / "moco.pth"
+    torch.save({"epoch": 7, "state_dict": state}, path)
+    judged = foreign_encoder(path, Choice(encoder=which), pytest.fail)
+    state = theirs[which].state_dict()
+    assert_same(judged.network, {n: t for n, t in state.items() if not n.startswith("fc.")})
+    assert not judged.network.training
+    assert (judged.view.resize_px, judged.view.crop_px) == (256, 224)
+    assert judged.about["encoder"] == f"official MoCo v1 or v2, {which} encoder, resnet18"
+    assert (judged.about["epoch"], len(judged.about["weights_sha256"])) == (7, 64)
+
+
+def test_a_network_that_the_shapes_do_not_tell_is_named(tmp_path):
     theirs = timm.create_model("test_resnet", num_classes=10)
     path = tmp_path / "weights.safetensors"
     save_file(theirs.state_dict(), path)
-    judged = timm_encoder("test_resnet", path, VIEW)
-    expected = {n: t for n, t in theirs.state_dict().items() if not n.startswith("fc.")}
-    assert_same(judged.network, expected)
-    assert judged.about["weights"] == str(path)
+    with pytest.raises(WeightsError, match="name the network with"):
+        foreign_encoder(path, Choice(), pytest.fail)
+    judged = foreign_encoder(
+        path, Choice(network=EncoderConfig(backbone="test_resnet")), pytest.fail
+    )
+    assert_same(judged.network, {n: t for n, t in theirs.state_dict().items() if n[:3] != "fc."})
+    with pytest.raises(WeightsError, match="not a whole resnet50"):
+        foreign_encoder(path, Choice(network=EncoderConfig()), pytest.fail)
 
 
-def test_weights_that_cannot_be_used_are_named(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(InputError, match=f"--weights {path} is not a file"):
-        timm_encoder("test_resnet", path, VIEW)
-    path.write_bytes(b"PK\x03\x04 a pickle in a zip")
-    with pytest.raises(InputError, match=f"--weights {path} is not a safetensors file"):
-        timm_encoder("test_resnet", path, VIEW)
-    save_file({"layer9.weight": torch.ones(2)}, path)
-    with pytest.raises(InputError, match=f"--weights {path} does not fit test_resnet: Missing key"):
-        timm_encoder("test_resnet", path, VIEW)
+def test_the_untrained_encoder_of_a_run_that_had_weights_to_start_from_has_them(run, tmp_path):
+    found = open_checkpoint(run[0], pytest.fail)
+    theirs = timm.create_model("resnet18", num_classes=0)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    start = to_plain(EncoderConfig(backbone="resnet18", weights=tmp_path / "w.safetensors"))
+    state = {**found.state, "config": {**found.state["config"], "encoder": start}}
+    judged = checkpoint_encoder(replace(found, state=state), "bicubic", untrained=True)
+    assert_same(judged.network, theirs.state_dict())
 
 
 def test_an_unknown_timm_name_is_an_error_of_the_encoder():
     with pytest.raises(EncoderError, match="timm has no backbone 'resnt'"):
-        timm_encoder("resnt", None, VIEW)
+        timm_encoder("resnt", VIEW)

@@ -218,8 +218,9 @@ def test_shards_without_labels_cannot_be_judged(tmp_path, pack_set, clean_pictur
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing to judge: give a run, --timm NAME or --pixels"),
-        ({"timm": "resnet18", "pixels": True}, "--timm is judged alone"),
+        ({}, "nothing to judge: give a run, --weights FILE, --timm NAME or --pixels"),
+        ({"weights": Path("w.pth"), "run": Path("run")}, "--timm and --weights are judged alone"),
+        ({"timm": "resnet18", "pixels": True}, "--timm and --weights are judged alone"),
         ({"pixels": True, "json": Path("/nowhere/x.json")}, "--json /nowhere/x.json: its folder"),
         (
             {"pixels": True, "crop_px": 300},
@@ -264,7 +265,10 @@ def test_the_program_prints_and_writes_the_score_of_a_timm_network(shard_set, tm
     [
         (["nowhere"], "nowhere is not a folder: give a run or one of its checkpoints"),
         (["--timm", "resnt50"], "timm has no backbone 'resnt50'"),
-        (["--timm", "test_resnet", "--weights", "nowhere"], "--weights nowhere is not a file"),
+        (
+            ["--timm", "test_resnet", "--weights", "nowhere"],
+            "nowhere is not a file: give a checkpoint",
+        ),
         (["--pixels", "--device", "gpu"], "--device gpu"),
         (["--pixels", "--device", "cuda:99"], "--device cuda:99"),
         (["--pixels", "--batch", "0"], "--batch 0"),

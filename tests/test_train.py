@@ -17,13 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
 import train
-from eval.judged import checkpoint_encoder, open_checkpoint
+from eval.judged import checkpoint_encoder
 from eval.run_config import RECIPES, parse_arguments
+from eval.weights_source import open_checkpoint
 from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
@@ -256,6 +258,35 @@ def test_the_optimiser_has_the_rate_that_is_logged(six_steps):
     for step in (3, 6):
         state = load_checkpoint(six_steps / f"step-{step:09d}").state
         assert [group["lr"] for group in state["optimiser"]["groups"]] == [rates[step]]
+
+
+# Weights to start from ---------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_the_backbone_of_another_projects_checkpoint(shard_set, tmp_path):
+    theirs = timm.create_model("test_resnet", num_classes=0).state_dict()
+    torch.save({"state_dict": {f"module.encoder_q.{n}": t for n, t in theirs.items()}},
+               tmp_path / "moco.pth")  # fmt: skip
+    words = ("--encoder.weights", tmp_path / "moco.pth", "--optimiser.lr", "1e-9",
+             "--optimiser.weight-decay", "0", "--steps", "1")  # fmt: skip
+    run = trained(tmp_path / "run", shard_set, *words)
+    found = load_checkpoint(run / "step-000000001")
+    for encoder in ("encoder_q", "encoder_k"):
+        for name, tensor in theirs.items():
+            if "running" not in name and "tracked" not in name:
+                torch.testing.assert_close(found.tensors[encoder][f"backbone.{name}"], tensor)
+    trained(tmp_path / "next", shard_set, "--encoder.weights", run, "--steps", "1")
+    (tmp_path / "moco.pth").unlink()  # a resumed run has its own
+    command(*TINY, "--data.shards", shard_set, "--output", tmp_path / "run", *words)
+
+
+def test_weights_that_do_not_fit_end_before_a_run_is_written(shard_set, tmp_path):
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    done = command(*TINY, "--data.shards", shard_set, "--output", tmp_path / "run",
+                   "--encoder.weights", tmp_path / "w.pth")  # fmt: skip
+    assert done.code == 2
+    assert "is not a whole test_resnet" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 # What a run leaves and says ----------------------------------------------------------------------
