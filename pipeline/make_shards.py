@@ -37,12 +37,19 @@ from pipeline.shard_format import (
     write_manifest,
 )
 from pipeline.sources import Source, image_folder, shuffled
-from pipeline.validate import Limits
+from pipeline.validate import Limits, StoredForm
 from pipeline.worker_pool import run_jobs
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
+IGNORED_NAME = "ignored.jsonl"
 MARKER_NAME = ".packing"  # lies in a folder while it is being filled
+
+
+class TooManyRefusedError(InputError):
+    """Most of a source cannot be used, so it is likely not what it was meant to be."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +68,20 @@ class PackConfig:
     """Of the order in which the pictures are packed."""
     workers: int = 0
     """Processes. 0: one for each core."""
-    limits: Limits = field(default_factory=Limits)
+    max_refused: float = 0.5
+    """Give up, with exit code 3, when more than this share of the pictures was refused."""
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
     """What is too much for one picture."""
+    form: Annotated[StoredForm, tyro.conf.arg(name="")] = field(default_factory=StoredForm)
+    """How pictures are stored."""
 
     def __post_init__(self) -> None:
         for name in ("shard_mib", "shard_samples"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if not 0 <= self.max_refused <= 1:
+            raise InputError(f"--max-refused {self.max_refused}: give a number from 0 to 1")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: give a number of at least 0")
         if self.workers < 0:
@@ -105,7 +118,7 @@ def prepare_output(output: Path) -> list[Path]:
 
 def remove_files(output: Path) -> None:
     """Take away what a packing wrote that did not finish."""
-    ours = ("shard-", REFUSED_NAME, CHANGED_NAME, MANIFEST_NAME)
+    ours = ("shard-", REFUSED_NAME, CHANGED_NAME, IGNORED_NAME, MANIFEST_NAME)
     for path in output.iterdir():
         if path.name.removeprefix(".").startswith(ours):
             path.unlink(missing_ok=True)
@@ -152,6 +165,26 @@ def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:
                 file.write(json.dumps({"file": name, what: reason}).encode() + b"\n")
 
 
+def check_refused(refused: list[tuple[str, str]], pictures: int, config: PackConfig) -> None:
+    """Stop where the share of refused pictures is above the limit.
+
+    Raises:
+        TooManyRefusedError: with the most frequent reason.
+    """
+    if len(refused) <= config.max_refused * pictures and len(refused) < pictures:
+        return
+    kind, count = Counter(kind_of(reason) for _, reason in refused).most_common(1)[0]
+    raise TooManyRefusedError(
+        f"{len(refused)} of {pictures} pictures of {config.source} were refused, {count} of them: "
+        f"{kind}; {config.output / REFUSED_NAME} lists them, --max-refused raises the limit"
+    )
+
+
+def kind_of(reason: str) -> str:
+    """A reason without its details."""
+    return reason.partition(":")[0]
+
+
 def summarise(
     console: Console, source: Source, results: list[ShardResult], manifest: Manifest, seconds: float
 ) -> None:
@@ -169,11 +202,11 @@ def summarise(
     table.add_row("speed", f"{len(source.pictures) / seconds:,.0f} images/s, {seconds:.1f} s")
     for title, rows in (("transcoded", changed), ("refused", refused)):
         table.add_row(title, f"{len(rows):,}")
-        kinds = Counter(reason.partition(":")[0] for _, reason in rows)
+        kinds = Counter(kind_of(reason) for _, reason in rows)
         for kind, count in kinds.most_common(5):
             table.add_row("", Text(f"{count:,} {kind}"))
     if source.ignored:
-        table.add_row("not pictures", f"{source.ignored:,} files")
+        table.add_row("not pictures", f"{len(source.ignored):,} files, listed in {IGNORED_NAME}")
     console.print(table)
     if refused:
         console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
@@ -196,18 +229,14 @@ def pack(config: PackConfig, console: Console) -> Manifest:
             config.shard_mib * 2**20,
             config.shard_samples,
         )
-        jobs = [ShardJob(path, pictures, config.limits) for path, pictures in plan]
+        jobs = [ShardJob(path, pictures, config.limits, config.form) for path, pictures in plan]
         workers = config.workers or available_cores()
         results = pack_all(jobs, workers, console)
         refused = [row for result in results for row in result.refused]
-        shards: list[ShardInfo] = [result.info for result in results if result.info]
-        if not shards:
-            name, reason = min(refused)
-            raise InputError(
-                f"none of the {len(refused)} files of {config.source} is a usable picture; "
-                f"the first, {name}: {reason}"
-            )
         write_list(config.output / REFUSED_NAME, refused, "reason")
+        write_list(config.output / IGNORED_NAME, source.ignored, "reason")
+        shards: list[ShardInfo] = [result.info for result in results if result.info]
+        check_refused(refused, len(source.pictures), config)
         changed = [row for result in results for row in result.changed]
         write_list(config.output / CHANGED_NAME, changed, "change")
         made_by = {
@@ -215,10 +244,13 @@ def pack(config: PackConfig, console: Console) -> Manifest:
             "seed": config.seed,
             "shard_mib": config.shard_mib,
             "shard_samples": config.shard_samples,
-            "limits": vars(config.limits),
+            **vars(config.limits),
+            **vars(config.form),
         }
         manifest = write_manifest(config.output, shards, source.classes, made_by)
         (config.output / MARKER_NAME).unlink()
+    except TooManyRefusedError:
+        raise  # what was refused can be looked up in the unfinished folder
     except BaseException:
         remove_unfinished(config.output, made)
         raise

@@ -5,23 +5,25 @@ bytes do not depend on the number of processes.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shard_format import Sample, ShardInfo, index_name, write_shard
 from pipeline.sources import SourcePicture
-from pipeline.validate import Limits, RefusedError, accept_picture
+from pipeline.validate import Limits, RefusedError, StoredForm, accept_picture, check_bytes
 from pipeline.worker_pool import advance
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to write: its tar, the pictures meant for it, and what is too much."""
+    """A shard to write: its tar, the pictures meant for it, what is too much, how to store them."""
 
     path: Path
     pictures: list[SourcePicture]
     limits: Limits
+    form: StoredForm
 
 
 @dataclass
@@ -72,11 +74,23 @@ def pack_shard(job: ShardJob) -> ShardResult:
     return result
 
 
+def read_picture(path: Path, limits: Limits) -> bytes:
+    """The bytes of a file; none are read of one that is too large.
+
+    Raises:
+        OSError: if it cannot be read.
+        RefusedError: if it is too large.
+    """
+    with path.open("rb") as file:
+        check_bytes(os.fstat(file.fileno()).st_size, limits)
+        return file.read()
+
+
 def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
     for picture in job.pictures:
         try:
-            data = picture.path.read_bytes()
-            accepted = accept_picture(data, job.limits)
+            data = read_picture(picture.path, job.limits)
+            accepted = accept_picture(data, job.limits, job.form)
         except OSError as error:
             result.refused.append((picture.relative, f"cannot be read: {error.strerror}"))
         except RefusedError as error:

@@ -23,6 +23,7 @@ STEP_LIMIT = 4096
 JUNK_BYTES = 4096  # looked through in one step
 
 UNKNOWN = "not a picture in a known format"
+EMPTY = "empty file"
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; a palette holds RGB
@@ -30,6 +31,7 @@ PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (
 
 # SOF0 to SOF15: C4, C8 and CC between them are tables, an extension and arithmetic conditioning.
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_BASELINE = 0xC0
 JPEG_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 JPEG_STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 JPEG_END, JPEG_SCAN = 0xD9, 0xDA
@@ -64,6 +66,8 @@ class PictureHeader(NamedTuple):
     """Of one channel of one pixel."""
     progressive: bool
     """A progressive JPEG or an interlaced PNG."""
+    baseline: bool = False
+    """A JPEG that the simplest decoders take: Huffman codes, sequential, 8 bits (SOF0)."""
 
 
 def read_header(data: Buffer) -> PictureHeader:
@@ -79,7 +83,7 @@ def read_header(data: Buffer) -> PictureHeader:
     view = memoryview(data)  # type: ignore[arg-type]  # an array is a buffer, its stubs forget it
     parse = _PARSERS.get(bytes(view[:2]))
     if parse is None:
-        raise BadHeaderError(UNKNOWN if view else "empty file")
+        raise BadHeaderError(UNKNOWN if view else EMPTY)
     try:
         header = parse(view)
     except (struct.error, IndexError):
@@ -103,7 +107,8 @@ def _jpeg(view: memoryview) -> PictureHeader:
             length, bits, height, width, channels = _jpeg_frame(view, place + 2)
             if length != 8 + 3 * channels or channels not in (1, 3, 4):
                 raise BadHeaderError(f"JPEG with a damaged frame header ({channels} channels)")
-            return PictureHeader("jpeg", width, height, channels, bits, marker in JPEG_PROGRESSIVE)
+            progressive, baseline = marker in JPEG_PROGRESSIVE, marker == JPEG_BASELINE
+            return PictureHeader("jpeg", width, height, channels, bits, progressive, baseline)
         if marker in (JPEG_SCAN, JPEG_END):
             raise BadHeaderError("JPEG without a frame header")
         if marker == 0xFF:  # padding in front of a marker

@@ -27,6 +27,8 @@ WAYS_OUT = {
 class InputError(ValueError):
     """Something a person can put right: the message names it, its value and the way out."""
 
+    exit_code = 2
+
 
 class DataError(InputError):
     """An input error that one process of many may be alone with, so that each one reports it."""
@@ -80,4 +82,4 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
             place = f"[rank {rank}] " if rank else ""
             text = f"{place}error: {line}"
             error_console().print(text, style="red", markup=False, emoji=False)
-        sys.exit(2)
+        sys.exit(error.exit_code if isinstance(error, InputError) else InputError.exit_code)

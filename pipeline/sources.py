@@ -6,7 +6,7 @@ An image folder is ``class/picture`` (any depth below the class) or flat, withou
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.integer_hash import hash_of
+from pipeline.picture_header import EMPTY, UNKNOWN, BadHeaderError, read_header
 from pipeline.program import InputError
 from pipeline.shard_format import NO_LABEL
 
@@ -21,7 +22,7 @@ PICTURE_SUFFIXES = frozenset(
     f".{name}"
     for name in (
         *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2"),
-        *("png", "webp", "gif", "tif", "tiff", "bmp", "ppm", "pgm"),
+        *("png", "webp", "gif", "tif", "tiff", "bmp", "ppm", "pgm", "avif", "ico", "psd"),
     )
 )
 # A USTAR name holds 100 characters; a suffix of 9 and an extension of 5 must fit behind the stem.
@@ -44,7 +45,7 @@ class Source:
 
     pictures: list[SourcePicture]
     classes: list[str]
-    ignored: int  # files that are no pictures by their name
+    ignored: list[tuple[str, str]]  # files that are not looked at, and why
     outside: str = ""  # the first picture that keeps sub-folders from being classes
 
 
@@ -57,16 +58,16 @@ def image_folder(root: Path) -> Source:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise InputError(f"the source {root} {what}: give a folder of pictures")
-    relatives, ignored = [], 0
-    for path in walk_files(root):
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            relatives.append(path.relative_to(root))
+    relatives, ignored = [], []
+    for path, why_not in walk_files(root):
+        if why_not:
+            ignored.append((path.as_posix(), why_not))
         else:
-            ignored += 1
+            relatives.append(path)
     if not relatives:
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         raise InputError(
-            f"the source {root} holds no pictures ({ignored} other files): give a folder with "
+            f"the source {root} holds no pictures ({len(ignored)} other files): give a folder with "
             f"files ending in {suffixes}"
         )
     relatives.sort(key=lambda path: path.as_posix())
@@ -86,13 +87,58 @@ def image_folder(root: Path) -> Source:
     )
 
 
-def walk_files(root: Path) -> Iterator[Path]:
-    """Regular files below ``root``; links to folders are not followed, so a loop cannot trap us."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
-            if path.is_file():
-                yield path
+def walk_files(root: Path) -> Iterator[tuple[Path, str]]:
+    """Files below ``root``, relative to it, each with why it is no picture by its name, or "".
+
+    Links are followed, but no folder is walked twice: a loop cannot trap us, and no picture comes
+    in by two ways. Folders of the tree itself go before links to them.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [root], deque[Path]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()
+        try:
+            status = folder.stat()
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            yield folder.relative_to(root), f"folder that cannot be read: {error.strerror}"
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            yield folder.relative_to(root), "link to a folder that is walked by another way"
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            path = folder / entry.name
+            if not path.is_dir():
+                yield path.relative_to(root), _why_no_picture(path)
+            elif entry.is_symlink():
+                links.append(path)
+            else:
+                waiting.append(path)
+
+
+def _why_no_picture(path: Path) -> str:
+    """By its name, and where that has no ending by its first bytes."""
+    if not path.exists():
+        return "link to nothing"
+    if not path.is_file():
+        return "not a file"
+    suffix = path.suffix.lower()
+    if suffix in PICTURE_SUFFIXES or (not suffix and _begins_like_a_picture(path)):
+        return ""
+    return f"ending {suffix}" if suffix else "no ending, and does not begin like a picture"
+
+
+def _begins_like_a_picture(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            read_header(file.read(4096))
+    except BadHeaderError as error:
+        return str(error) not in (UNKNOWN, EMPTY)
+    except OSError:
+        pass  # refused with its reason when its shard is written
+    return True
 
 
 def keys_of(names: list[str]) -> list[str]:

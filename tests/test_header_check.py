@@ -55,7 +55,7 @@ def test_the_size_that_an_index_does_not_know_is_the_headers(one_picture):
 @pytest.mark.parametrize("index", [(0, 0), (60_000, 60_000)])
 def test_a_header_above_the_limit_is_refused_though_the_index_agrees(one_picture, index):
     store = one_picture(header=(60_000, 60_000), index=index)
-    assert reason_of(store) == "60000x60000 pixels, the limit is 128000000 in all"
+    assert reason_of(store) == "too many pixels: 60000x60000, the limit is 128000000 in all"
 
 
 def test_pixels_at_the_limit_pass_and_one_more_does_not(one_picture):

@@ -169,7 +169,7 @@ def test_a_header_that_lies_is_replaced_before_a_decoder_believes_it(
     check_replaced(batches_of(shard_set, engine, 7), damaged, {13, 31})
     reasons = {line["key"]: line["reason"] for line in lines_of(log)}
     assert reasons == {
-        "bee/picture013": "60000x60000 pixels, the limit is 128000000 in all",
+        "bee/picture013": "too many pixels: 60000x60000, the limit is 128000000 in all",
         "bee/picture031": "not a picture in a known format",
     }
 

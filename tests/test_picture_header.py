@@ -65,7 +65,7 @@ def jpeg_frame(width=291, height=83, marker=0xC0):
 def test_a_header_says_what_the_picture_is(kind):
     found = read_header(EXAMPLES[str(kind)])
     assert (found.width, found.height) == (291, 83)
-    assert (found.format, *found[3:]) == kind[3]
+    assert (found.format, *found[3:6]) == kind[3]
 
 
 @pytest.mark.parametrize("as_buffer", [bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)])
@@ -204,3 +204,13 @@ def test_a_gif_frame_may_reach_past_the_screen():
 def test_a_long_side_is_read_in_full(encode, file_format, size):
     options = {"lossless": True} if file_format == "WEBP" else {}
     assert read_header(encode(Image.new("RGB", size), file_format, **options))[1:3] == size
+
+
+def test_only_jpegs_of_the_simplest_process_are_called_baseline(draw_photo, encode):
+    data = encode(draw_photo(1))
+    frame = data.index(b"\xff\xc0")
+    others = [data[: frame + 1] + bytes([marker]) + data[frame + 2 :] for marker in (0xC1, 0xC9)]
+    progressive = encode(draw_photo(1), progressive=True)
+    headers = [read_header(picture) for picture in (data, *others, progressive)]
+    assert [header.baseline for header in headers] == [True, False, False, False]
+    assert not read_header(encode(draw_photo(1), "PNG")).baseline

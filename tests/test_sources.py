@@ -57,10 +57,22 @@ def test_a_class_without_a_picture_is_none(tmp_path):
     assert image_folder(touch(tmp_path, "ant/1.jpg", "empty/readme.txt")).classes == ["ant"]
 
 
-def test_files_that_are_no_pictures_by_name_are_counted(tmp_path):
+def test_files_that_are_no_pictures_by_name_are_listed_with_the_reason(tmp_path):
     source = image_folder(touch(tmp_path, "a/1.JPG", "a/notes.txt", "a/Thumbs.db", "a/.jpg"))
     assert [picture.relative for picture in source.pictures] == ["a/1.JPG"]
-    assert source.ignored == 3
+    assert dict(source.ignored) == {
+        "a/notes.txt": "ending .txt",
+        "a/Thumbs.db": "ending .db",
+        "a/.jpg": "no ending, and does not begin like a picture",
+    }
+
+
+def test_a_file_without_an_ending_is_a_picture_if_it_begins_like_one(tmp_path, draw_photo, encode):
+    touch(tmp_path, "README", "1.jpg")
+    (tmp_path / "0b5ac2").write_bytes(encode(draw_photo(1)))
+    (tmp_path / "damaged").write_bytes(encode(draw_photo(1), "PNG")[:20])
+    names = [picture.relative for picture in image_folder(tmp_path).pictures]
+    assert names == ["0b5ac2", "1.jpg", "damaged"]
 
 
 def test_the_order_depends_on_the_names_alone(tmp_path):
@@ -70,23 +82,44 @@ def test_the_order_depends_on_the_names_alone(tmp_path):
     assert [p.relative for p in one.pictures] == [p.relative for p in two.pictures] == names
 
 
-def test_a_loop_of_links_is_not_followed(tmp_path):
+def test_a_loop_of_links_ends_and_is_listed(tmp_path):
     touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert [path.name for path in walk_files(tmp_path)] == ["1.jpg"]
+    (tmp_path / "a" / "self").symlink_to("self")
+    assert {path.as_posix(): why for path, why in walk_files(tmp_path)} == {
+        "a/1.jpg": "",
+        "a/loop": "link to a folder that is walked by another way",
+        "a/self": "link to nothing",
+    }
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path):
+    touch(tmp_path, "elsewhere/1.jpg", "set/ant/2.jpg")
+    for name in ("bee", "cat"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "set" / "aaa").symlink_to("ant", target_is_directory=True)
+    source = image_folder(tmp_path / "set")
+    assert [picture.relative for picture in source.pictures] == ["ant/2.jpg", "bee/1.jpg"]
+    assert [name for name, _ in source.ignored] == [
+        "aaa",
+        "cat",
+    ]  # "ant" itself goes before its link
 
 
 def test_a_link_to_nothing_and_a_folder_named_like_a_picture_are_no_pictures(tmp_path):
     touch(tmp_path, "a/1.jpg", "a/folder.jpg/2.jpg")
     (tmp_path / "a" / "dangling.jpg").symlink_to("nowhere.jpg")
-    names = [picture.relative for picture in image_folder(tmp_path).pictures]
-    assert names == ["a/1.jpg", "a/folder.jpg/2.jpg"]
+    source = image_folder(tmp_path)
+    assert [picture.relative for picture in source.pictures] == ["a/1.jpg", "a/folder.jpg/2.jpg"]
+    assert source.ignored == [("a/dangling.jpg", "link to nothing")]
 
 
 def test_a_pipe_named_like_a_picture_is_no_picture(tmp_path):
     touch(tmp_path, "1.jpg")
     os.mkfifo(tmp_path / "2.jpg")  # to open it would wait for ever
-    assert [picture.relative for picture in image_folder(tmp_path).pictures] == ["1.jpg"]
+    source = image_folder(tmp_path)
+    assert [picture.relative for picture in source.pictures] == ["1.jpg"]
+    assert source.ignored == [("2.jpg", "not a file")]
 
 
 def test_odd_names_give_unique_keys_of_plain_ascii():
