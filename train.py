@@ -42,12 +42,13 @@ from model.moco import MoCo, groups_per_process
 from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
 from model.run_state import RunState
+from model.saving import Saver
 from model.schedule import lr_at
-from model.stopping import StopRequest
+from model.stopping import Agreement, StopRequest, exit_code
 from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
 from pipeline.loader import PairBatch, PairLoader
 from pipeline.order import Order
-from pipeline.program import InputError, run_program
+from pipeline.program import InputError, explain, run_program
 from pipeline.settings import flat, to_plain
 from pipeline.shard_format import atomic_file
 from pipeline.shard_store import ShardStore
@@ -100,7 +101,14 @@ def main() -> None:
         total_steps = length_in_steps(config, loader.order)
         for line in introduce(config, accelerator, loader, total_steps, found):
             console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
-        run = Run(config, output, accelerator, loader, wrapped, queue, optimizer, state)
+        saver = Saver(
+            state,
+            output,
+            keep=config.keep,
+            minutes=config.save_minutes,
+            failed=partial(say_not_saved, console),
+        )
+        run = Run(config, output, accelerator, loader, wrapped, queue, optimizer, saver)
         train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
     accelerator.end_training()
 
@@ -116,19 +124,18 @@ class Run:
     moco: torch.nn.Module
     queue: KeyQueue
     optimizer: torch.optim.Optimizer
-    state: RunState
+    saver: Saver
 
 
 def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
     """The loop: from ``first_step`` steps done to ``total_steps``, or to a signal."""
     config = run.config
-    stop = StopRequest()
+    stop, agreement = StopRequest(), Agreement(2)
     meter = Meter(config.batch)
     report = open_report(run, first_step, total_steps, console)
-    step = first_step
-    stops = False
+    step, stopped_by = first_step, 0
     with report, open_sample_log(run, first_step) as samples:
-        while step < total_steps and not stops:
+        while step < total_steps and not stopped_by:
             with meter.waiting_for_data():
                 batch = next(run.loader)
             epoch_steps = run.loader.order.steps_per_epoch
@@ -143,20 +150,21 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             if is_logged:
                 values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
                 report.steps(step, values | meter.read() | {"learning_rate": lr})
-            stops = stop.agreed()
+            stopped_by, save_wanted = agreement.on(stop.signal, run.saver.is_wanted())
             with meter.paused():
-                if is_due(step, config.save_every) or is_last or stops:
-                    run.state.save(run.output, step, identity(run), config.keep)
+                if is_due(step, config.save_every) or is_last or stopped_by or save_wanted:
+                    run.saver.save(step, identity(run))
                 if config.knn_train and (is_due(step, config.knn_every) or is_last):
                     report_knn(run, report, step)
         report.finish()
-    if stops and step < total_steps:
+        run.saver.finish()
+    if stopped_by and step < total_steps:
         console.print(
-            f"stopped by {signal.Signals(stop.signal).name} after step {step} of {total_steps} and "
+            f"stopped by {signal.Signals(stopped_by).name} after step {step} of {total_steps} and "
             "saved; the same command with --resume goes on from there",
             soft_wrap=True,
         )
-        sys.exit(128 + stop.signal)
+        sys.exit(exit_code(stopped_by))
     line = f"done: {step} steps, checkpoints and curve in {run.output}"
     console.print(line, soft_wrap=True, markup=False, emoji=False)
 
@@ -177,6 +185,18 @@ def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return step % every == 0
+
+
+def say_not_saved(console: Console, step: int, error: OSError) -> None:
+    """Tell of a checkpoint that could not be written; the run goes on."""
+    console.print(
+        f"the checkpoint of step {step} could not be written ({explain(error) or error}); the "
+        "older ones stand, the run goes on and saves again when the next one is due",
+        soft_wrap=True,
+        style="yellow",
+        markup=False,
+        emoji=False,
+    )
 
 
 def reduced(accelerator: Accelerator, step: int, **values: Tensor) -> dict[str, float]:

@@ -24,7 +24,7 @@ from pipeline.settings import from_plain, to_plain
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
-    *("resume", "output", "log_every", "log_samples", "save_every", "keep"),
+    *("resume", "output", "log_every", "log_samples", "save_every", "save_minutes", "keep"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *(
         "data.shards",
@@ -66,6 +66,8 @@ class TrainConfig:
     """Write the numbers of each step's samples to samples-RANK.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints; the last step has one always."""
+    save_minutes: float = 0.0
+    """Minutes since the last checkpoint after which there is one, whatever the step. 0: never."""
     keep: int = 3
     """Checkpoints that stay, at least 2."""
     knn_train: str | None = None
@@ -82,6 +84,8 @@ class TrainConfig:
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: give a number of at least 1")
+        if not 0 <= self.save_minutes < math.inf:
+            raise InputError(f"--save-minutes {self.save_minutes}: give 0 or a number above it")
         if not 0 < self.epochs < math.inf:
             raise InputError(f"--epochs {self.epochs}: give a number above 0")
         if (self.knn_train is None) != (self.knn_test is None):

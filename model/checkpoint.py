@@ -6,6 +6,7 @@ fsynced and renamed. Older ones go only after the new one stands; at least two a
 damaged newest one costs one interval and not the run.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CHECKPOINT_VERSION = 1
@@ -61,14 +62,13 @@ def save_checkpoint(
     """
     final = run / f"step-{step:09d}"
     part = run / f".step-{step:09d}.part"
+    require_space(run, tensors)
     for left_by_a_kill in run.glob(".step-*.part"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         for group, named in tensors.items():
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            # Not save_file: that reports a full disk as an error of its own and not as OSError.
-            (part / f"{group}.safetensors").write_bytes(save(plain))
+            write_tensors(part / f"{group}.safetensors", named)
         write_json(part / STATE_NAME, {**state, "step": step, "version": CHECKPOINT_VERSION})
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -91,6 +91,33 @@ def save_checkpoint(
     for old in done[: -max(keep, 2)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def require_space(run: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """See that a checkpoint fits, rather than fill the disk that the run's log lies on too.
+
+    Raises:
+        OSError: if it does not.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    if shutil.disk_usage(run).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
+    """A safetensors file; the writing does not hold Python's lock.
+
+    Raises:
+        OSError: with the system's number, which the library says in its message only.
+    """
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:

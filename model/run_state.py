@@ -1,15 +1,24 @@
 """Everything of a run that a checkpoint holds and a resume puts back."""
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from model.collectives import all_equal, average, rank
+from model.checkpoint import Checkpoint, CheckpointError
+from model.collectives import all_equal, average, gather, rank, world_size
 from model.key_queue import KeyQueue
 from model.moco import MoCo
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold: its step, tensors by file and name, and plain values."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
 
 
 class RunState:
@@ -35,35 +44,67 @@ class RunState:
         self._queue = queue
         self._optimizer = optimizer
         self._scaler = scaler
+        self._host: dict[str, Tensor] = {}
 
-    def save(self, run: Path, step: int, identity: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint; every rank calls it, the first one writes.
+    def snapshot(self, step: int, identity: dict[str, Any]) -> Snapshot | None:
+        """A copy of the state on the host; every rank calls it, the first one gets it.
 
-        Running statistics are averaged over the ranks first: each rank has moved its own by its
-        own groups, and the mean is what one process with all the groups would have.
+        Saved running statistics are the mean over the ranks: each rank has moved its own by its
+        own groups, and the mean is what one process with all the groups would have. Each rank's
+        own are saved beside it, for the resume on as many ranks to be exact.
+
+        Args:
+            step: steps done.
+            identity: plain values that the checkpoint holds too.
+
+        Returns:
+            The copy, good until the next one is taken, because its memory is used again.
 
         Raises:
             RuntimeError: if encoders or queue differ between ranks, which is a defect.
-            OSError: if it cannot be written.
         """
-        average(t for t in self._moco.buffers() if t.is_floating_point())
-        if not all_equal([*self._moco.state_dict().values(), self._queue.rows_KD]):
+        if not all_equal([*self._moco.parameters(), self._queue.rows_KD]):
             raise RuntimeError(f"encoders or queues differ between the processes at step {step}")
-        if rank() == 0:
-            optimiser, plain = flatten_optimiser(self._optimizer)
-            tensors = {
-                "encoder_q": self._moco.encoder_q.state_dict(),
-                "encoder_k": self._moco.encoder_k.state_dict(),
-                "queue": {"rows_KD": self._queue.rows_KD},
-                "optimiser": optimiser,
-            }
-            state = {
-                **identity,
-                "queue_place": self._queue.place,
-                "optimiser": plain,
-                "scaler": self._scaler.state_dict() if self._scaler else None,
-            }
-            save_checkpoint(run, step, tensors, state, keep)
+        mean_S = flat_statistics(self._moco)
+        statistics_WS = gather(mean_S[None])
+        average([mean_S])
+        if rank() != 0:
+            return None
+        optimiser, plain = flatten_optimiser(self._optimizer)
+        groups = {
+            "encoder_q": self._moco.encoder_q.state_dict(),
+            "encoder_k": self._moco.encoder_k.state_dict(),
+            "queue": {"rows_KD": self._queue.rows_KD},
+            "optimiser": optimiser,
+        }
+        if world_size() > 1:
+            groups["rank_statistics"] = {"statistics_WS": statistics_WS}
+        tensors = {name: self._on_host(name, group) for name, group in groups.items()}
+        if statistics_WS.is_cuda:
+            torch.cuda.synchronize()
+        if world_size() > 1:
+            mean_S = mean_S.cpu()
+            for name in ("encoder_q", "encoder_k"):
+                encoder = getattr(self._moco, name)
+                mean_S = fill(tensors[name], statistics_of(encoder), mean_S)
+        state = {
+            **identity,
+            "queue_place": self._queue.place,
+            "optimiser": plain,
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+        }
+        return Snapshot(step, tensors, state)
+
+    def _on_host(self, group: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in memory that the next snapshot uses again, as fresh pages cost time."""
+        for name, tensor in named.items():
+            key = f"{group}/{name}"
+            if key not in self._host:
+                self._host[key] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+            self._host[key].copy_(tensor.detach(), non_blocking=True)
+        return {name: self._host[f"{group}/{name}"] for name in named}
 
     def load(self, found: Checkpoint) -> None:
         """Put a checkpoint's state in place, on every rank.
@@ -78,10 +119,39 @@ class RunState:
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{found.folder} does not fit this run: {reason}") from error
+        own = found.tensors.get("rank_statistics", {}).get("statistics_WS")
+        if own is not None and len(own) == world_size():
+            rest_S = own[rank()]
+            for encoder in (self._moco.encoder_q, self._moco.encoder_k):
+                rest_S = fill(encoder.state_dict(), statistics_of(encoder), rest_S)
         self._queue.place = int(found.state["queue_place"])
         restore_optimiser(self._optimizer, found.tensors["optimiser"], found.state["optimiser"])
         if self._scaler and found.state["scaler"]:
             self._scaler.load_state_dict(found.state["scaler"])
+
+
+def statistics_of(module: nn.Module) -> list[str]:
+    """Names of the buffers that each rank moves by its own pictures."""
+    return [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+
+
+def flat_statistics(moco: MoCo) -> Tensor:
+    """The running statistics of f_q, then of f_k, end to end, ``[S]``."""
+    parts = [
+        dict(encoder.named_buffers())[name].flatten()
+        for encoder in (moco.encoder_q, moco.encoder_k)
+        for name in statistics_of(encoder)
+    ]
+    return torch.cat(parts) if parts else next(moco.parameters()).new_empty(0)
+
+
+def fill(tensors: dict[str, Tensor], names: list[str], flat_S: Tensor) -> Tensor:
+    """Write values that lie end to end into the tensors of these names; what is left of them."""
+    for name in names:
+        count = tensors[name].numel()
+        tensors[name].copy_(flat_S[:count].view(tensors[name].shape))
+        flat_S = flat_S[count:]
+    return flat_S
 
 
 def flatten_optimiser(

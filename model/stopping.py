@@ -1,4 +1,4 @@
-"""Stopping on a signal, at the same step on all ranks."""
+"""Stopping on a signal, and what else all ranks must do after the same step."""
 
 import os
 import signal
@@ -14,22 +14,18 @@ from model.collectives import is_distributed
 # Ctrl-C reaches a process from the terminal and again from its launcher; a person who presses it
 # once more than that wants out at once.
 PATIENCE = 3
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again.
+RESTART_CODE = 75
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a stop that all ranks take after the same step.
-
-    The ranks' flags are combined by a small all-reduce on the CPU that runs during the step and is
-    read at its end, so asking costs no waiting; a stop comes one step after its signal.
-    """
+    """Notes SIGINT, SIGTERM and SIGUSR1, the signals after which a run saves and leaves."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._count = 0
-        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
-        self._flag = torch.zeros(1, dtype=torch.int32)
-        self._work: dist.Work | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -39,17 +35,40 @@ class StopRequest:
             os.write(sys.stderr.fileno(), b"stopping at once\n")
             os._exit(128 + number)
 
-    def agreed(self) -> bool:
-        """Whether to stop now; every rank calls it once after each step and gets one answer."""
+
+def exit_code(number: int) -> int:
+    """What a stopped run leaves with: 130 after Ctrl-C, else the code that asks for a restart."""
+    return 128 + number if number == signal.SIGINT else RESTART_CODE
+
+
+class Agreement:
+    """What one rank wants to do, all ranks do, after the same step.
+
+    The ranks' wishes are combined by a small all-reduce on the CPU that runs during the step and
+    is read at its end, so asking costs no waiting; the answer is one step late.
+
+    Args:
+        count: number of wishes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._wishes = torch.zeros(count, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def on(self, *wishes: int) -> list[int]:
+        """The largest of all ranks' wishes of the step before; 0 stands for none.
+
+        Every rank calls it once after each step, and all get one answer.
+        """
         if self._group is None:
-            return bool(self.signal)
+            return list(wishes)
+        agreed = [0] * len(wishes)
         if self._work is not None:
             self._work.wait()
-            if self._flag.item():
-                self.signal = self.signal or int(self._flag.item())
-                return True
-        self._flag.fill_(self.signal)
+            agreed = [int(wish) for wish in self._wishes]
+        self._wishes.copy_(torch.tensor(wishes, dtype=torch.int32))
         self._work = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            self._wishes, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
-        return False
+        return agreed

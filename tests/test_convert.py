@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 from eval.weights_source import Choice, open_weights
+from model.checkpoint import save_checkpoint
 from model.encoder import Encoder, EncoderConfig, make_backbone
 from model.export import detectron2_content, detectron2_name, timm_arguments, torchvision_state
 from model.key_queue import KeyQueue
@@ -92,7 +93,8 @@ def run(tmp_path_factory):
     plain = {name: to_plain(value) for name, value in config.items()}
     plain |= {"seed": 0, "recipe": "moco-v3", "batch": 16, "precision": "no"}
     identity = {"config": plain, "data": {"samples": 1234, "manifest_sha256": "ab" * 32}}
-    RunState(moco, KeyQueue(8, 8, 0), optimizer, None).save(folder, 3, identity, keep=2)
+    taken = RunState(moco, KeyQueue(8, 8, 0), optimizer, None).snapshot(3, identity)
+    save_checkpoint(folder, taken.step, taken.tensors, taken.state)
     return folder, moco
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from eval.judged import checkpoint_encoder, foreign_encoder, timm_encoder
 from eval.weights_source import Choice, eval_view_of, open_checkpoint
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, save_checkpoint
 from model.encoder import EncoderConfig, EncoderError
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
@@ -41,7 +41,8 @@ def run(tmp_path_factory):
             parameter.data.add_(step)
         for parameter in moco.encoder_k.parameters():
             parameter.data.sub_(step)
-        state.save(folder, step, {"config": {**plain, "seed": SEED, "recipe": "x"}}, keep=2)
+        taken = state.snapshot(step, {"config": {**plain, "seed": SEED, "recipe": "x"}})
+        save_checkpoint(folder, step, taken.tensors, taken.state)
     return folder, moco, start
 
 

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from model.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
@@ -58,6 +63,13 @@ def pieces(seed, *, backbone="test_resnet", queue=8, scaler=None):
     return SimpleNamespace(moco=moco, queue=keys, optimizer=optimizer, scaler=scaler, state=state)
 
 
+def save(run, folder, step, identity):
+    """What ``Saver`` does, without its thread."""
+    snapshot = run.state.snapshot(step, identity)
+    if snapshot is not None:
+        save_checkpoint(folder, snapshot.step, snapshot.tensors, snapshot.state)
+
+
 def train_a_step(run):
     run.moco(*torch.randn(2, 4, 3, 32, 32), step=0)[0].sum().backward()
     run.optimizer.step()
@@ -72,7 +84,7 @@ def all_tensors(run):
 def test_another_process_goes_on_with_the_same_encoders_queue_and_optimiser(tmp_path):
     saved, other = pieces(seed=1), pieces(seed=2)
     train_a_step(saved)
-    saved.state.save(tmp_path, 7, {"recipe": "x"}, keep=2)
+    save(saved, tmp_path, 7, {"recipe": "x"})
     found = newest_checkpoint(tmp_path, pytest.fail)
     other.state.load(found)
     assert (found.step, found.state["recipe"]) == (7, "x")
@@ -85,14 +97,14 @@ def test_the_loss_scaler_goes_on_with_its_scale(tmp_path):
     other = pieces(2, scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
     saved.scaler.scale(torch.ones(()))
     other.scaler.scale(torch.ones(()))
-    saved.state.save(tmp_path, 1, {}, keep=2)
+    save(saved, tmp_path, 1, {})
     other.state.load(newest_checkpoint(tmp_path, pytest.fail))
     assert other.scaler.get_scale() == 8.0
 
 
 @pytest.mark.parametrize("other", [{"backbone": "resnet18"}, {"queue": 9}], ids=str)
 def test_a_checkpoint_of_another_network_or_queue_is_refused(tmp_path, other):
-    pieces(1).state.save(tmp_path, 1, {}, keep=2)
+    save(pieces(1), tmp_path, 1, {})
     with pytest.raises(CheckpointError, match="step-000000001 does not fit this run: "):
         pieces(1, **other).state.load(load_checkpoint(tmp_path / "step-000000001"))
 
@@ -106,17 +118,46 @@ def save_unlike_ranks(folder, what):
     if what == "a key":
         run.queue.rows_KD[0, 0] += rank
     try:
-        run.state.save(folder, 3, {}, keep=2)
+        save(run, folder, 3, {})
     except RuntimeError as error:
         return str(error)
-    return next(b for n, b in run.moco.named_buffers() if n.endswith("running_mean")).tolist()
+    return running_mean(run)
 
 
-def test_running_statistics_are_averaged_over_the_ranks_when_saved(tmp_path):
-    for mean in run_in_processes(2, save_unlike_ranks, tmp_path, "statistics"):
-        assert set(mean) == {0.5}
-    tensors = load_checkpoint(tmp_path / "step-000000003").tensors["encoder_q"]
-    assert set(tensors["backbone.bn1.running_mean"].tolist()) == {0.5}
+def running_mean(run):
+    """The first one's values."""
+    return run.moco.encoder_k.backbone.bn1.running_mean.tolist()
+
+
+def resumed_running_mean(folder):
+    """What a rank goes on with."""
+    run = pieces(seed=2)
+    run.state.load(load_checkpoint(folder / "step-000000003"))
+    return running_mean(run)
+
+
+def test_saved_running_statistics_are_the_ranks_mean_and_each_rank_goes_on_with_its_own(tmp_path):
+    for rank, mean in enumerate(run_in_processes(2, save_unlike_ranks, tmp_path, "statistics")):
+        assert set(mean) == {rank}  # a save changes nothing of the run
+    tensors = load_checkpoint(tmp_path / "step-000000003").tensors
+    for encoder in ("encoder_q", "encoder_k"):
+        assert set(tensors[encoder]["backbone.bn1.running_mean"].tolist()) == {0.5}
+        assert set(tensors[encoder]["backbone.bn1.running_var"].tolist()) == {1.0}
+    for rank, mean in enumerate(run_in_processes(2, resumed_running_mean, tmp_path)):
+        assert set(mean) == {rank}
+    assert set(resumed_running_mean(tmp_path)) == {0.5}  # one process: as another number would
+
+
+def test_a_snapshot_does_not_follow_the_run():
+    run = pieces(seed=1)
+    train_a_step(run)
+    snapshot = run.state.snapshot(1, {})
+    before = {name: tensor.clone() for name, tensor in snapshot.tensors["encoder_k"].items()}
+    train_a_step(run)
+    torch.testing.assert_close(snapshot.tensors["encoder_k"], before, rtol=0, atol=0)
+    again = run.state.snapshot(2, {})
+    held = [snap.tensors["queue"]["rows_KD"].data_ptr() for snap in (snapshot, again)]
+    assert held[0] == held[1]  # the second one is written over the first
 
 
 def test_a_queue_that_differs_between_the_ranks_ends_the_run_and_is_not_saved(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.collectives import rank
-from model.stopping import StopRequest
+from model.stopping import STOPPING, Agreement, StopRequest, exit_code
 from tests.run_in_processes import run_in_processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +21,9 @@ def loop(steps, signals):
 
     ``signals`` are (rank, step, number): what a process gets in the middle of which step.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop, step = StopRequest(), 0
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    stop, agreement, step = StopRequest(), Agreement(1), 0
+    stopped_by = 0
     try:
         while step < steps:
             step += 1
@@ -30,15 +31,16 @@ def loop(steps, signals):
                 if (who, when) == (rank(), step):
                     os.kill(os.getpid(), number)
             time.sleep(0.005)
-            if stop.agreed():
+            (stopped_by,) = agreement.on(stop.signal)
+            if stopped_by:
                 break
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return step, int(stop.signal)
+    return step, int(stopped_by)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_stops_the_loop_after_the_step_that_it_came_in(number):
     assert loop(10, [(0, 4, number)]) == (4, number)
 
@@ -56,6 +58,22 @@ def test_two_ranks_without_a_signal_go_to_the_end():
     assert run_in_processes(2, loop, 5, []) == [(5, 0)] * 2
 
 
+def wishes(own):
+    """The answers to what a rank wishes, step by step."""
+    agreement = Agreement(2)
+    return [agreement.on(*wish) for wish in own[rank()]]
+
+
+def test_each_wish_is_agreed_on_by_itself_one_step_later():
+    own = [[(0, 0), (3, 0), (0, 0), (0, 0)], [(0, 1), (2, 0), (0, 0), (0, 0)]]
+    answers = [[0, 0], [0, 1], [3, 0], [0, 0]]
+    assert run_in_processes(2, wishes, own) == [answers, answers]
+
+
+def test_only_ctrl_c_asks_for_no_restart():
+    assert [exit_code(number) for number in STOPPING] == [130, 75, 75]
+
+
 def test_a_second_signal_is_the_launchers_echo_and_a_third_ends_the_process_at_once():
     program = (
         "import os, signal, time\n"
@@ -63,7 +81,7 @@ def test_a_second_signal_is_the_launchers_echo_and_a_third_ends_the_process_at_o
         "stop = StopRequest()\n"
         "for count in range(1, 4):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print(count, stop.agreed(), flush=True)\n"
+        "    print(count, bool(stop.signal), flush=True)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -26,10 +27,12 @@ import train
 from eval.judged import checkpoint_encoder
 from eval.run_config import RECIPES, parse_arguments
 from eval.weights_source import open_checkpoint
+from model import checkpoint
 from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
+from model.stopping import STOPPING
 from pipeline.loader import PairBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +55,7 @@ def one_thread_of_the_cpu():
 
 def command(*words):
     """What ``python train.py WORDS`` does, in this process: its exit code, output and errors."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train.py", *map(str, words)])
@@ -226,6 +229,43 @@ def test_an_interrupted_run_goes_on_to_the_same_end(shard_set, tmp_path):
     whole = trained(tmp_path / "whole", shard_set, "--steps", "60")
     assert_same_checkpoint(tmp_path / "run", whole, 60)
     assert logged(tmp_path / "run", "loss") == logged(whole, "loss")
+
+
+def test_a_save_that_fails_is_said_and_the_run_goes_on(six_steps, shard_set, tmp_path, monkeypatch):
+    write = checkpoint.write_tensors
+
+    def no_room_at_step_2(path, named):
+        if "000000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, named)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", no_room_at_step_2)
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "6")
+    done = command(*TINY, *words, "--save-every", "1", "--keep", "9")
+    assert (done.code, done.err) == (0, "")
+    assert "the checkpoint of step 2 could not be written" in done.out
+    assert "the disk is full" in done.out
+    left = [step for step, _ in checkpoint.checkpoint_folders(tmp_path / "run")]
+    assert left == [1, 3, 4, 5, 6]
+    assert_same_checkpoint(tmp_path / "run", six_steps, 6)
+
+
+def test_a_last_save_that_fails_is_the_runs_error(shard_set, tmp_path, monkeypatch):
+    def no_room(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", no_room)
+    words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "1")
+    done = command(*TINY, *words)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "the disk is full" in done.err
+
+
+def test_minutes_ask_for_a_checkpoint_too(six_steps, shard_set, tmp_path):
+    words = ("--steps", "6", "--save-every", "100", "--save-minutes", "1e-6", "--keep", "9")
+    run = trained(tmp_path / "run", shard_set, *words)
+    assert len(checkpoint.checkpoint_folders(run)) > 1
+    assert_same_checkpoint(run, six_steps, 6)
 
 
 def test_a_longer_run_may_be_asked_for_and_is_said(six_steps, shard_set, tmp_path):
@@ -410,6 +450,8 @@ OUT_OF_RANGE = [
     ("--data.image-px", "0"),
     ("--data.image-px", "-5"),
     ("--data.eval-resize-px", "8"),
+    ("--save-minutes", "-1"),
+    ("--save-minutes", "nan"),
     ("--data.std", "0", "0.2", "0.2"),
     ("--data.threads", "-1"),
     ("--data.lanes", "3"),

@@ -1,0 +1,94 @@
+"""When a run saves, and that it trains on meanwhile.
+
+The training loop waits for the copy of its state to the host only. A thread writes, hashes and
+fsyncs it, outside Python's lock, and one save is over before the next one copies.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import save_checkpoint
+from model.run_state import RunState, Snapshot
+
+
+class Saver:
+    """Writes the checkpoints of a run; every rank has one, the first rank's writes.
+
+    Args:
+        state: what is saved.
+        run: folder of the run.
+        keep: checkpoints that stay.
+        minutes: time between two saves after which ``is_wanted`` says so; 0 for never.
+        failed: told of a save that could not be written, and why; called from the thread.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        run: Path,
+        *,
+        keep: int,
+        minutes: float,
+        failed: Callable[[int, OSError], None],
+    ) -> None:
+        self._state = state
+        self._run = run
+        self._keep = keep
+        self._minutes = minutes
+        self._failed = failed
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._last = time.monotonic()
+
+    def is_wanted(self) -> bool:
+        """Whether this rank's clock asks for a save; ranks have to agree on one."""
+        is_late = time.monotonic() - self._last >= self._minutes * 60
+        return self._minutes > 0 and is_late and (self._thread is None or not self._is_writing())
+
+    def save(self, step: int, identity: dict[str, Any]) -> None:
+        """Copy the state and begin to write it; every rank calls it after the same step.
+
+        A disk that is full or gone costs this save, not the run and not the older checkpoints.
+
+        Raises:
+            RuntimeError: if encoders or queue differ between ranks, which is a defect.
+        """
+        self._join()
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+        snapshot = self._state.snapshot(step, identity)
+        self._last = time.monotonic()
+        if snapshot is not None:
+            self._error = None
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            save_checkpoint(self._run, snapshot.step, snapshot.tensors, snapshot.state, self._keep)
+        except OSError as error:
+            self._error = error
+            self._failed(snapshot.step, error)
+        except Exception as error:  # a defect: raised in the loop, by the next call
+            self._error = error
