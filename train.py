@@ -35,15 +35,15 @@ from eval.run_report import LOG_NAME, RunReport
 from eval.sample_log import SampleLog
 from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
+from model.dictionary import Dictionary
 from model.encoder import EncoderError, make_backbone
-from model.info_nce import info_nce_with_accuracy
-from model.key_queue import KeyQueue
+from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
 from model.moco import MoCo, groups_per_process
 from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
 from model.run_state import RunState
 from model.saving import Saver
-from model.schedule import lr_at
+from model.schedule import lr_at, momentum_at
 from model.stopping import Agreement, StopRequest, exit_code
 from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
 from pipeline.loader import PairBatch, PairLoader
@@ -88,14 +88,17 @@ def main() -> None:
         quarantine_path=output / f"quarantine-{accelerator.process_index}.jsonl",
     ) as loader:
         torch.manual_seed(config.seed)
-        moco = MoCo(config.encoder, config.moco, config.batch, config.seed)
+        moco = ENCODERS[config.moco.mechanism](
+            config.encoder, config.moco, config.batch, config.seed, config.data.image_px
+        )
         if not found and (start := starting_weights(config.encoder, config.data.image_px)):
             start_from(moco, start)
-        queue = KeyQueue(config.moco.queue, config.encoder.dim, config.seed)
-        queue = queue.to(accelerator.device)
-        optimizer = make_optimiser(config.optimiser, moco.encoder_q.parameters())
+        samples = loader.order.samples
+        dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
+        dictionary = dictionary.to(accelerator.device)
+        optimizer = make_optimiser(config.optimiser, moco.parameters())
         wrapped, optimizer = accelerator.prepare(moco, optimizer)
-        state = RunState(moco, queue, optimizer, accelerator.scaler)
+        state = RunState(moco, dictionary, optimizer, accelerator.scaler)
         if found:
             state.load(found)
         total_steps = length_in_steps(config, loader.order)
@@ -108,7 +111,7 @@ def main() -> None:
             minutes=config.save_minutes,
             failed=partial(say_not_saved, console),
         )
-        run = Run(config, output, accelerator, loader, wrapped, queue, optimizer, saver)
+        run = Run(config, output, accelerator, loader, wrapped, dictionary, optimizer, saver)
         train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
     accelerator.end_training()
 
@@ -122,7 +125,7 @@ class Run:
     accelerator: Accelerator
     loader: PairLoader
     moco: torch.nn.Module
-    queue: KeyQueue
+    dictionary: Dictionary
     optimizer: torch.optim.Optimizer
     saver: Saver
 
@@ -142,6 +145,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             lr = lr_at(config.optimiser, step, total_steps, epoch_steps, config.batch)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
+            set_momentum(run, step, total_steps)
             is_last = step + 1 == total_steps
             is_logged = is_due(step + 1, config.log_every) or is_last
             loss, accuracy = train_step(run, batch)
@@ -171,15 +175,21 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
 
 def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
-    query_ND, key_ND = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
-    loss, accuracy = info_nce_with_accuracy(
-        query_ND, key_ND, run.queue.rows_KD, run.config.moco.temperature
-    )
-    run.queue.push(key_ND)  # already: the loss keeps no reference to the queue
+    config = run.config.moco
+    pairs = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
+    loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
+    loss = loss * loss_scale(config)
     run.accelerator.backward(loss)
     run.optimizer.step()
     run.optimizer.zero_grad()
     return loss.detach(), accuracy
+
+
+def set_momentum(run: Run, step: int, total_steps: int) -> None:
+    """Give the key encoder, where there is one, its momentum of a step."""
+    moco, config = run.accelerator.unwrap_model(run.moco), run.config.moco
+    if isinstance(moco, MoCo):
+        moco.momentum = momentum_at(config.momentum, step, total_steps, config.momentum_schedule)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -258,7 +268,7 @@ def open_report(run: Run, first_step: int, total_steps: int, console: Console) -
         f"{run.config.recipe} on {run.config.data.shards}",
         total_steps=total_steps,
         first_step=first_step,
-        queue=run.config.moco.queue,
+        chance_loss=chance_loss(run.config.moco, run.dictionary.candidates(run.config.batch)),
         track=lambda values, step: accelerator.log(values, step=step),
         console=console,
     )
@@ -292,7 +302,7 @@ def introduce(
             "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
             "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
         )
-    if moco.queue > order.samples // 4:
+    if moco.mechanism == "queue" and moco.queue > order.samples // 4:
         yield (
             f"note: the queue of {moco.queue} keys is longer than a quarter of the "
             f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "
@@ -329,6 +339,11 @@ def check(config: TrainConfig) -> str:
         groups_per_process(config.moco, config.batch, world)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if config.moco.mechanism == "memory-bank" and order.samples <= config.batch:
+        raise InputError(
+            f"a memory bank needs more pictures than a batch, there are {order.samples} for a "
+            f"--batch of {config.batch}: give a smaller one, or another --moco.mechanism"
+        )
     with torch.device("meta"):
         make_backbone(config.encoder, config.data.image_px)
     starting_weights(config.encoder, config.data.image_px)

@@ -43,7 +43,7 @@ class RunReport:
         title: for the display.
         total_steps: of the whole run.
         first_step: steps done before, by an earlier part of the run.
-        queue: K, for the reference log(K + 1).
+        chance_loss: of equal similarities, log(K + 1) with a queue; a reference.
         track: receives every logged value, for TensorBoard and the like.
         console: where to print; a live display on a terminal, else plain lines.
     """
@@ -55,7 +55,7 @@ class RunReport:
         *,
         total_steps: int,
         first_step: int,
-        queue: int,
+        chance_loss: float,
         track: Callable[[dict[str, float], int], None],
         console: Console,
     ) -> None:
@@ -63,7 +63,7 @@ class RunReport:
         self._title = title
         self._total_steps = total_steps
         self._first_step = first_step
-        self._chance_loss = math.log(queue + 1)
+        self._chance_loss = chance_loss
         self._track = track
         self._console = console
         self._latest: dict[str, float] = {}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import FOLDER_PATTERN, Checkpoint, load_checkpoint, newest_checkpoint
-from model.encoder import EncoderConfig
-from model.moco import MoCo
+from model.encoder import Encoder, EncoderConfig
+from model.moco import QueryEncoder
 from model.weights import Origin, Weights, Which, fit, put_into, read_weights
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.eval_loader import EvalView, Interpolation
@@ -133,7 +133,8 @@ def starting_weights(network: EncoderConfig, image_px: int) -> Weights | None:
     return weights
 
 
-def start_from(moco: MoCo, weights: Weights) -> None:
-    """Put a backbone into both encoders; their heads stay random."""
-    for encoder in (moco.encoder_q, moco.encoder_k):
-        put_into(encoder.backbone, weights)
+def start_from(moco: QueryEncoder, weights: Weights) -> None:
+    """Put a backbone into the encoders; their heads stay random."""
+    for encoder in moco.children():
+        if isinstance(encoder, Encoder):
+            put_into(encoder.backbone, weights)

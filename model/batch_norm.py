@@ -1,18 +1,24 @@
-"""Batch norm in groups smaller than the batch of one device, as if each group had a GPU of its own.
+"""Batch norm over other groups than the batch of one device: smaller ones, or all devices'.
 
 With plain batch norm over the whole batch a query and its key share statistics, and the network
 learns to read them ("cheating", MoCo section 3.3). The paper used groups of 32 on 8 GPUs and
-shuffled the keys among them; here the groups are the same whatever the number of devices.
+shuffled the keys among them; here the groups are the same whatever the number of devices. MoCo v3
+takes the statistics of all devices together instead.
 
-Letters in names: N images, C channels, H W pixels, G groups.
+Letters in names: N images, C channels, L places of a picture (H times W), G groups.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from model.collectives import is_distributed, sum_with_gradient, talks_over_gloo, world_size
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
+class SplitBatchNorm(_BatchNorm):
     """Batch norm over each of G equal parts of the batch; one set of running statistics.
 
     The running statistics move towards the mean of the groups' statistics. A group count of 1 and
@@ -21,30 +27,35 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     Args:
         channels: C.
         groups: G; must divide the batch in training mode.
+        affine: whether it has scale and shift.
     """
 
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, groups: int, *, affine: bool = True) -> None:
+        super().__init__(channels, affine=affine)
         self.groups = groups
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Normalised activations, ``[N, C, H, W]``."""
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions after ``[N, C]``."""
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """Normalised activations, ``[N, C, ...]``."""
         if not self.training or self.groups == 1:
-            return super().forward(x_NCHW)
-        n, c, h, w = x_NCHW.shape
+            return super().forward(x_NC)
+        n, c = x_NC.shape[:2]
         if n % self.groups:
             raise ValueError(f"a batch of {n} cannot be split into {self.groups} equal groups")
         assert self.running_mean is not None and self.running_var is not None
         mean_GC = self.running_mean.repeat(self.groups)
         var_GC = self.running_var.repeat(self.groups)
+        rest = x_NC.shape[2:]
         # Group g of channel c becomes channel g * C + c, so that one call does all groups.
-        grouped = x_NCHW.reshape(self.groups, n // self.groups, c, h, w).transpose(0, 1)
+        grouped = x_NC.reshape(self.groups, n // self.groups, c, *rest).transpose(0, 1)
         out = F.batch_norm(
-            grouped.reshape(n // self.groups, self.groups * c, h, w),
+            grouped.reshape(n // self.groups, self.groups * c, *rest),
             mean_GC,
             var_GC,
-            self.weight.repeat(self.groups),
-            self.bias.repeat(self.groups),
+            self.weight.repeat(self.groups) if self.affine else None,
+            self.bias.repeat(self.groups) if self.affine else None,
             training=True,
             momentum=self.momentum or 0.0,
             eps=self.eps,
@@ -54,16 +65,59 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.running_var.copy_(var_GC.view(self.groups, c).mean(dim=0))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-        out = out.reshape(n // self.groups, self.groups, c, h, w).transpose(0, 1)
-        return out.reshape(n, c, h, w)
+        out = out.reshape(n // self.groups, self.groups, c, *rest).transpose(0, 1)
+        return out.reshape(n, c, *rest)
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch norm over all ranks together, on CPUs: PyTorch's own, ``SyncBatchNorm``, refuses them.
+
+    In one process and in evaluation mode it is plain batch norm.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions after ``[N, C]``."""
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """Normalised activations, ``[N, C, ...]``."""
+        if not self.training or not is_distributed():
+            return super().forward(x_NC)
+        n, c = x_NC.shape[:2]
+        x_NCL = x_NC.reshape(n, c, -1)
+        count = n * x_NCL.shape[2] * world_size()
+        mean_C = sum_with_gradient(x_NCL.sum(dim=(0, 2))) / count
+        centred_NCL = x_NCL - mean_C[:, None]
+        var_C = sum_with_gradient(centred_NCL.square().sum(dim=(0, 2))) / count
+        self._follow(mean_C.detach(), var_C.detach() * count / (count - 1))
+        out_NCL = centred_NCL * (var_C + self.eps).rsqrt()[:, None]
+        if self.affine:
+            out_NCL = out_NCL * self.weight[:, None] + self.bias[:, None]
+        return out_NCL.reshape(x_NC.shape)
+
+    @torch.no_grad()
+    def _follow(self, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        self.running_mean.lerp_(mean_C, self.momentum or 0.0)
+        self.running_var.lerp_(unbiased_var_C, self.momentum or 0.0)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
 
 def split_batch_norms(module: nn.Module, groups: int) -> None:
-    """Replace every ``BatchNorm2d`` by a split one with the same weights, in place."""
+    """Replace every plain batch norm by a split one with the same weights, in place."""
+    _replace(module, SplitBatchNorm, groups=groups)
+
+
+def sync_batch_norms(module: nn.Module) -> None:
+    """Replace every plain batch norm by one over all ranks with the same weights, in place."""
+    _replace(module, CpuSyncBatchNorm if talks_over_gloo() else nn.SyncBatchNorm)
+
+
+def _replace(module: nn.Module, kind: type[_BatchNorm], **options: Any) -> None:
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            split = SplitBatchNorm2d(child.num_features, groups)
-            split.load_state_dict(child.state_dict())
-            setattr(module, name, split)
+        if isinstance(child, _BatchNorm) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            norm = kind(child.num_features, affine=child.affine, **options)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
         else:
-            split_batch_norms(child, groups)
+            _replace(child, kind, **options)

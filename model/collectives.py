@@ -6,6 +6,7 @@ Letters in names: N images on this rank, B images on all ranks.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,11 @@ from torch import Tensor
 def is_distributed() -> bool:
     """Whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def talks_over_gloo() -> bool:
+    """Whether there is a process group of CPUs."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"
 
 
 def rank() -> int:
@@ -51,6 +57,72 @@ def exchange(rows_N: Tensor, send_counts: list[int], receive_counts: list[int]) 
         return received.copy_(rows_N)
     dist.all_to_all_single(received, rows_N.contiguous(), receive_counts, send_counts)
     return received
+
+
+def exchange_with_gradient(
+    rows_N: Tensor, send_counts: list[int], receive_counts: list[int]
+) -> Tensor:
+    """``exchange`` whose gradients go the way back."""
+    exchanged: Tensor = _Exchange.apply(rows_N, send_counts, receive_counts)
+    return exchanged
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_N: Tensor, send_counts: list[int], receive_counts: list[int]
+    ) -> Tensor:
+        ctx.counts = send_counts, receive_counts
+        return exchange(rows_N, send_counts, receive_counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        send_counts, receive_counts = ctx.counts
+        return exchange(grad_outputs[0], receive_counts, send_counts), None, None
+
+
+def gather_with_gradient(rows_N: Tensor) -> Tensor:
+    """``gather`` through which each rank gets the gradients that all ranks have for its rows."""
+    gathered: Tensor = _Gather.apply(rows_N)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_N: Tensor) -> Tensor:
+        ctx.count = len(rows_N)
+        return gather(rows_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        grad_B = grad_outputs[0].contiguous()
+        if is_distributed():
+            grad_B = grad_B.clone()
+            dist.all_reduce(grad_B)
+        return grad_B[rank() * ctx.count : (rank() + 1) * ctx.count]
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, of which every rank is given the gradients that all ranks have."""
+    summed: Tensor = _Sum.apply(tensor)
+    return summed
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        return _summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # noqa: ARG004
+        return _summed(grad_outputs[0])
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone()
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def average(tensors: Iterable[Tensor]) -> None:

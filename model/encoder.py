@@ -106,9 +106,13 @@ class Encoder(nn.Module):
 
     def forward(self, view_N3HW: Tensor) -> Tensor:
         """Unit-length embeddings, ``[N, D]`` float32 (float64 from a float64 encoder)."""
-        projected = self.projection(view_N3HW)
-        at_least_float32 = torch.promote_types(projected.dtype, torch.float32)
-        return F.normalize(projected.to(at_least_float32), dim=1)
+        return unit_length(self.projection(view_N3HW))
+
+
+def unit_length(rows_ND: Tensor) -> Tensor:
+    """Rows over their lengths, in float32, or in float64 where they are that."""
+    at_least_float32 = torch.promote_types(rows_ND.dtype, torch.float32)
+    return F.normalize(rows_ND.to(at_least_float32), dim=1)
 
 
 def is_vit(backbone: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """Momentum Contrast: a query encoder, and a key encoder that follows it.
 
-Source: He et al. 2019, https://arxiv.org/abs/1911.05722, section 3.2 and Algorithm 1.
+Source: He et al. 2019, https://arxiv.org/abs/1911.05722, section 3.2 and Algorithm 1; with a
+predictor and both views as queries MoCo v3, Chen et al. 2021, https://arxiv.org/abs/2104.02057,
+Algorithm 1.
 
 Letters in names: N images on this rank, B images on all ranks, H W pixels, D embedding size.
 """
@@ -12,23 +14,39 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.batch_shuffle import make_shuffle
+from model.batch_norm import sync_batch_norms
+from model.batch_shuffle import make_local_shuffle, make_shuffle
 from model.collectives import world_size
-from model.encoder import Encoder, EncoderConfig
+from model.encoder import Encoder, EncoderConfig, is_vit, unit_length
+from model.heads import make_predictor
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig:
     """The method's own numbers."""
 
+    mechanism: Literal["queue", "memory-bank", "end-to-end", "batch"] = "queue"
+    """queue: MoCo v1, v2. memory-bank: an entry for each picture. end-to-end: keys of the batch,
+    with gradient. batch: MoCo v3, keys of the batch from the key encoder."""
     queue: int = 65_536
-    """Length of the queue (K)."""
+    """Length of the queue (K); of a memory bank as many entries are drawn at each step."""
     momentum: float = 0.999
     """Of the key encoder (m)."""
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: from --moco.momentum to 1 at the end; MoCo v3."""
+    bank_momentum: float = 0.5
+    """Of the entries of a memory bank; of the paper's comparison."""
     temperature: float = 0.2
     """Divides the similarities (T)."""
-    batch_norm: Literal["shuffle", "none"] = "shuffle"
-    """shuffle: groups with keys among other pictures. none: each process's batch is one group."""
+    symmetric: bool = False
+    """Each view is the query of the other once; the two losses are added."""
+    predictor: bool = False
+    """An MLP on the side of the queries; MoCo v3."""
+    loss_2t: bool = False
+    """The loss times 2 T; MoCo v3."""
+    batch_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
+    """shuffle: groups with keys among other pictures. split: the same within each process, nothing
+    travels. sync: one group of all processes. none: each process's batch is one group."""
     batch_norm_groups: int = 8
     """Groups of the global batch; the paper's 8 GPUs. Kept for any number of processes up to it."""
 
@@ -36,6 +54,7 @@ class MoCoConfig:
         checks = (
             ("queue", self.queue >= 1, "at least 1"),
             ("momentum", 0 <= self.momentum <= 1, "from 0 to 1"),
+            ("bank-momentum", 0 <= self.bank_momentum < 1, "from 0 to below 1"),
             ("temperature", self.temperature > 0, "above 0"),
             ("batch-norm-groups", self.batch_norm_groups >= 1, "at least 1"),
         )
@@ -51,14 +70,19 @@ def groups_per_process(config: MoCoConfig, global_batch: int, world: int) -> int
     Raises:
         ValueError: if the groups cannot be shared out evenly.
     """
-    if config.batch_norm == "none" or world >= config.batch_norm_groups:
+    groups = config.batch_norm_groups
+    if config.batch_norm == "split" and world >= groups and groups > 1:
+        raise ValueError(
+            f"--moco.batch-norm split needs several groups in each process, {groups} groups over "
+            f"{world} processes leave one: use shuffle, or more --moco.batch-norm-groups"
+        )
+    if config.batch_norm in ("sync", "none") or world >= groups:
         if global_batch // world < 2:
             raise ValueError(
                 f"a global batch of {global_batch} over {world} processes leaves batch norm "
                 "without statistics: use a --batch of at least 2 pictures for each process"
             )
         return 1
-    groups = config.batch_norm_groups
     if groups % world or global_batch % groups or global_batch // groups < 2:
         raise ValueError(
             f"{groups} batch-norm groups do not share out a global batch of {global_batch} over "
@@ -68,49 +92,125 @@ def groups_per_process(config: MoCoConfig, global_batch: int, world: int) -> int
     return groups // world
 
 
-class MoCo(nn.Module):
-    """Query encoder f_q, key encoder f_k, and the step that moves f_k towards f_q.
+class QueryEncoder(nn.Module):
+    """The query encoder and the order of a step; each mechanism says where its keys come from.
 
-    The queue is not part of this module: data-parallel wrappers broadcast a module's buffers at
-    every step, which would send the whole queue around.
+    What keys are compared with is not part of this module: data-parallel wrappers broadcast a
+    module's buffers at every step, which would send the whole queue around.
 
     Args:
-        encoder: the network of both.
-        config: momentum and batch norm.
+        encoder: the network.
+        config: of the method.
         global_batch: images of all ranks (B), from which the batch-norm groups follow.
         seed: of the shuffle.
+        image_px: side of the views, which a ViT must know.
     """
 
     def __init__(
-        self, encoder: EncoderConfig, config: MoCoConfig, global_batch: int, seed: int
+        self,
+        encoder: EncoderConfig,
+        config: MoCoConfig,
+        global_batch: int,
+        seed: int,
+        image_px: int = 224,
     ) -> None:
         super().__init__()
         groups = groups_per_process(config, global_batch, world_size())
-        self.encoder_q = Encoder(encoder, groups)
-        self.encoder_k = copy.deepcopy(self.encoder_q)
-        self.encoder_k.requires_grad_(False)
-        self._momentum = config.momentum
-        self._shuffles = config.batch_norm == "shuffle"
+        self.encoder_q = Encoder(encoder, groups, image_px)
+        self.predictor = None
+        if config.predictor:
+            on_vit = is_vit(self.encoder_q.backbone)
+            self.predictor = make_predictor(encoder.dim, hidden=encoder.hidden, is_vit=on_vit)
+        if config.batch_norm == "sync":
+            sync_batch_norms(self)
+        self._is_symmetric = config.symmetric
+        self._batch_norm = config.batch_norm
         self._seed = seed
 
     def forward(
         self, query_view_N3HW: Tensor, key_view_N3HW: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of one step, unit-length, ``[N, D]`` each; the keys have no gradient.
-
-        Moves the key encoder first, as the official code does: in Algorithm 1 the update stands
-        at the end of the step before.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of one step, unit-length, ``[N, D]`` each.
 
         Args:
             query_view_N3HW: one view of each picture.
             key_view_N3HW: the other.
             step: from 0; the shuffle is a function of it.
+
+        Returns:
+            One pair; where the loss is symmetric a second one with the views exchanged.
         """
-        query_ND = self.encoder_q(query_view_N3HW)
-        with torch.no_grad():
-            self.move_key_encoder()
-            key_ND = self._keys(key_view_N3HW, step)
-        return query_ND, key_ND
+        queries = [self.query(query_view_N3HW)]
+        if self._is_symmetric:
+            queries.append(self.query(key_view_N3HW))
+        keys = self.keys([key_view_N3HW, query_view_N3HW][: len(queries)], queries, step)
+        return list(zip(queries, keys, strict=True))
+
+    def query(self, view_N3HW: Tensor) -> Tensor:
+        """Queries of a view; through the predictor, where there is one."""
+        if self.predictor is None:
+            query_ND: Tensor = self.encoder_q(view_N3HW)
+            return query_ND
+        return unit_length(self.predictor(self.encoder_q.projection(view_N3HW)))
+
+    def keys(self, views: list[Tensor], queries: list[Tensor], step: int) -> list[Tensor]:
+        """The key of each query, from the view at the same place.
+
+        Args:
+            views: ``[N, 3, H, W]`` each.
+            queries: ``[N, D]`` each.
+            step: from 0.
+        """
+        raise NotImplementedError
+
+    def encode_shuffled(self, encoder: nn.Module, view_N3HW: Tensor, step: int, n: int) -> Tensor:
+        """Embeddings whose batch norm sees other pictures together than their queries' does.
+
+        Args:
+            encoder: views to embeddings.
+            view_N3HW: the n-th view of this step that is made a key.
+            step: from 0.
+            n: from 0.
+        """
+        if self._batch_norm not in ("shuffle", "split"):
+            embedded: Tensor = encoder(view_N3HW)
+            return embedded
+        make = make_shuffle if self._batch_norm == "shuffle" else make_local_shuffle
+        shuffle = make(len(view_N3HW), self._seed, step, view_N3HW.device, view=n)
+        return shuffle.undo(encoder(shuffle.apply(view_N3HW)))
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+class MoCo(QueryEncoder):
+    """Query encoder f_q, key encoder f_k, and the step that moves f_k towards f_q.
+
+    ``momentum`` may be set before each step; the rest is as in ``QueryEncoder``.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        config: MoCoConfig,
+        global_batch: int,
+        seed: int,
+        image_px: int = 224,
+    ) -> None:
+        super().__init__(encoder, config, global_batch, seed, image_px)
+        self.encoder_k = copy.deepcopy(self.encoder_q)
+        self.encoder_k.requires_grad_(False)
+        self.momentum = config.momentum
+
+    @torch.no_grad()
+    def keys(self, views: list[Tensor], queries: list[Tensor], step: int) -> list[Tensor]:  # noqa: ARG002
+        """Keys without gradient from the key encoder, which moves first.
+
+        So does the official code; in Algorithm 1 the move stands at the end of the step before.
+        """
+        self.move_key_encoder()
+        return [self.encode_shuffled(self.encoder_k, v, step, n) for n, v in enumerate(views)]
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:
@@ -121,12 +221,5 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(
             list(self.encoder_k.parameters()),
             list(self.encoder_q.parameters()),
-            1.0 - self._momentum,
+            1.0 - self.momentum,
         )
-
-    def _keys(self, key_view_N3HW: Tensor, step: int) -> Tensor:
-        if not self._shuffles:
-            keys: Tensor = self.encoder_k(key_view_N3HW)
-            return keys
-        shuffle = make_shuffle(len(key_view_N3HW), self._seed, step, key_view_N3HW.device)
-        return shuffle.undo(self.encoder_k(shuffle.apply(key_view_N3HW)))

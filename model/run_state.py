@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.collectives import all_equal, average, gather, rank, world_size
-from model.key_queue import KeyQueue
-from model.moco import MoCo
+from model.dictionary import Dictionary
+from model.moco import QueryEncoder
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,26 @@ class Snapshot:
 
 
 class RunState:
-    """The state of both encoders, the queue, the optimiser and the loss scaler.
+    """The state of the encoders, the dictionary, the optimiser and the loss scaler.
 
     Nothing else has any: order, views and shuffle are functions of the seed and the step.
 
     Args:
-        moco: both encoders, without a wrapper.
-        queue: the keys.
+        moco: the encoders, without a wrapper.
+        dictionary: what queries are compared with.
         optimizer: of the query encoder.
         scaler: of the loss under float16, or None.
     """
 
     def __init__(
         self,
-        moco: MoCo,
-        queue: KeyQueue,
+        moco: QueryEncoder,
+        dictionary: Dictionary,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._moco = moco
-        self._queue = queue
+        self._dictionary = dictionary
         self._optimizer = optimizer
         self._scaler = scaler
         self._host: dict[str, Tensor] = {}
@@ -61,22 +61,20 @@ class RunState:
             The copy, good until the next one is taken, because its memory is used again.
 
         Raises:
-            RuntimeError: if encoders or queue differ between ranks, which is a defect.
+            RuntimeError: if encoders or dictionary differ between ranks, which is a defect.
         """
-        if not all_equal([*self._moco.parameters(), self._queue.rows_KD]):
-            raise RuntimeError(f"encoders or queues differ between the processes at step {step}")
+        if not all_equal([*self._moco.parameters(), *self._dictionary.buffers()]):
+            raise RuntimeError(
+                f"encoders or dictionaries differ between the processes at step {step}"
+            )
         mean_S = flat_statistics(self._moco)
         statistics_WS = gather(mean_S[None])
         average([mean_S])
         if rank() != 0:
             return None
         optimiser, plain = flatten_optimiser(self._optimizer)
-        groups = {
-            "encoder_q": self._moco.encoder_q.state_dict(),
-            "encoder_k": self._moco.encoder_k.state_dict(),
-            "queue": {"rows_KD": self._queue.rows_KD},
-            "optimiser": optimiser,
-        }
+        groups = {name: part.state_dict() for name, part in self._parts()}
+        groups["optimiser"] = optimiser
         if world_size() > 1:
             groups["rank_statistics"] = {"statistics_WS": statistics_WS}
         tensors = {name: self._on_host(name, group) for name, group in groups.items()}
@@ -84,12 +82,11 @@ class RunState:
             torch.cuda.synchronize()
         if world_size() > 1:
             mean_S = mean_S.cpu()
-            for name in ("encoder_q", "encoder_k"):
-                encoder = getattr(self._moco, name)
-                mean_S = fill(tensors[name], statistics_of(encoder), mean_S)
+            for name, network in self._moco.named_children():
+                mean_S = fill(tensors[name], statistics_of(network), mean_S)
         state = {
             **identity,
-            "queue_place": self._queue.place,
+            **self._dictionary.plain_state(),
             "optimiser": plain,
             "scaler": self._scaler.state_dict() if self._scaler else None,
         }
@@ -106,25 +103,29 @@ class RunState:
             self._host[key].copy_(tensor.detach(), non_blocking=True)
         return {name: self._host[f"{group}/{name}"] for name in named}
 
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        """What has tensors of its own: encoders, predictor and dictionary, as far as there are."""
+        parts = [*self._moco.named_children(), (self._dictionary.name, self._dictionary)]
+        return [(name, part) for name, part in parts if part.state_dict()]
+
     def load(self, found: Checkpoint) -> None:
         """Put a checkpoint's state in place, on every rank.
 
         Raises:
-            CheckpointError: if its tensors do not fit this run's encoder or queue.
+            CheckpointError: if its tensors do not fit this run's encoders or dictionary.
         """
         try:
-            self._moco.encoder_q.load_state_dict(found.tensors["encoder_q"])
-            self._moco.encoder_k.load_state_dict(found.tensors["encoder_k"])
-            self._queue.load_state_dict(found.tensors["queue"])
+            for name, part in self._parts():
+                part.load_state_dict(found.tensors[name])
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{found.folder} does not fit this run: {reason}") from error
         own = found.tensors.get("rank_statistics", {}).get("statistics_WS")
         if own is not None and len(own) == world_size():
             rest_S = own[rank()]
-            for encoder in (self._moco.encoder_q, self._moco.encoder_k):
-                rest_S = fill(encoder.state_dict(), statistics_of(encoder), rest_S)
-        self._queue.place = int(found.state["queue_place"])
+            for network in self._moco.children():
+                rest_S = fill(network.state_dict(), statistics_of(network), rest_S)
+        self._dictionary.load_plain_state(found.state)
         restore_optimiser(self._optimizer, found.tensors["optimiser"], found.state["optimiser"])
         if self._scaler and found.state["scaler"]:
             self._scaler.load_state_dict(found.state["scaler"])
@@ -135,12 +136,12 @@ def statistics_of(module: nn.Module) -> list[str]:
     return [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
 
 
-def flat_statistics(moco: MoCo) -> Tensor:
-    """The running statistics of f_q, then of f_k, end to end, ``[S]``."""
+def flat_statistics(moco: nn.Module) -> Tensor:
+    """The running statistics of each network, in the order of the networks, ``[S]``."""
     parts = [
-        dict(encoder.named_buffers())[name].flatten()
-        for encoder in (moco.encoder_q, moco.encoder_k)
-        for name in statistics_of(encoder)
+        dict(network.named_buffers())[name].flatten()
+        for network in moco.children()
+        for name in statistics_of(network)
     ]
     return torch.cat(parts) if parts else next(moco.parameters()).new_empty(0)
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from model.batch_norm import SplitBatchNorm2d
+from model.batch_norm import SplitBatchNorm
 from model.collectives import all_equal, average, is_distributed, rank, world_size
 from model.encoder import EncoderConfig
-from model.info_nce import info_nce
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
 from tests.run_in_processes import run_in_processes
@@ -36,7 +35,7 @@ def one_group(encoder):
     """An encoder whose batch norm takes all pictures of a call together."""
     encoder = copy.deepcopy(encoder)
     for module in encoder.modules():
-        if isinstance(module, SplitBatchNorm2d):
+        if isinstance(module, SplitBatchNorm):
             module.groups = 1
     return encoder
 
@@ -50,9 +49,9 @@ def encoded_in_groups(encoder, view_B3HW):
     return embeddings
 
 
-def encoded_shuffled(encoder, view_B3HW, step):
+def encoded_shuffled(encoder, view_B3HW, step, n=0):
     """The same for keys, whose groups hold other pictures than their queries'."""
-    generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + step + n * 0x5BD1E995)
     order = torch.randperm(BATCH, generator=generator).tolist()
     shuffled = encoded_in_groups(encoder, torch.stack([view_B3HW[row] for row in order]))
     keys = [None] * BATCH
@@ -68,23 +67,34 @@ def cross_entropy(logits):
     return -(logits[0] - highest) + total.log()
 
 
-def algorithm_1(encoder, rows_KD):
+def mean_loss(queries, keys, queue):
+    """Of picking each query's own key; every query is compared with every key, one by one."""
+    losses = []
+    for query, positive in zip(queries, keys, strict=True):
+        l_pos = torch.dot(query, positive)
+        l_neg = [torch.dot(query, negative) for negative in queue]
+        losses.append(cross_entropy([logit / T for logit in [l_pos, *l_neg]]))
+    return sum(losses) / BATCH
+
+
+def algorithm_1(encoder, rows_KD, steps, is_symmetric):
     """Algorithm 1; yields the loss, the gradients, the queue (oldest first) and f_k after it."""
     f_q, f_k = one_group(encoder), one_group(encoder)
     parameters_q, parameters_k = list(f_q.parameters()), list(f_k.parameters())
     velocity = [torch.zeros_like(parameter) for parameter in parameters_q]
     queue = list(rows_KD)
-    for step in range(STEPS):
+    for step in range(steps):
         x_q, x_k = views(step)
         q = encoded_in_groups(f_q, x_q)
         with torch.no_grad():
             k = encoded_shuffled(f_k, x_k, step)
-        losses = []
-        for query, positive in zip(q, k, strict=True):
-            l_pos = torch.dot(query, positive)
-            l_neg = [torch.dot(query, negative) for negative in queue]
-            losses.append(cross_entropy([logit / T for logit in [l_pos, *l_neg]]))
-        loss = sum(losses) / BATCH
+        loss = mean_loss(q, k, queue)
+        if is_symmetric:  # of the authors' CIFAR-10 notebook
+            q_2 = encoded_in_groups(f_q, x_k)
+            with torch.no_grad():
+                k_2 = encoded_shuffled(f_k, x_q, step, n=1)
+            loss = loss + mean_loss(q_2, k_2, queue)
+            k = k + k_2
         gradients = torch.autograd.grad(loss, parameters_q)
         with torch.no_grad():
             for parameter, v, gradient in zip(parameters_q, velocity, gradients, strict=True):
@@ -98,7 +108,7 @@ def algorithm_1(encoder, rows_KD):
         yield loss.item(), gradients, torch.stack(queue), copy.deepcopy(parameters_k)
 
 
-def ours(moco, queue):
+def ours(moco, queue, steps):
     """The same from the project's own parts, on this rank's share of each batch."""
     wrapped = moco
     if is_distributed():
@@ -109,11 +119,9 @@ def ours(moco, queue):
     )
     share = BATCH // world_size()
     own = slice(rank() * share, (rank() + 1) * share)
-    for step in range(STEPS):
+    for step in range(steps):
         query_view, key_view = (view[own] for view in views(step))
-        query_ND, key_ND = wrapped(query_view, key_view, step)
-        loss = info_nce(query_ND, key_ND, queue.rows_KD, T)
-        queue.push(key_ND)
+        loss, _ = queue.contrast(wrapped(query_view, key_view, step), T, None, step)
         loss.backward()
         mean_loss = loss.detach().clone()
         average([mean_loss])
@@ -137,18 +145,20 @@ def way_off(found, expected):
     return max(((a - b).norm() / (b.norm() + 1e-12)).item() for a, b in pairs)
 
 
-def compare(length):
+def compare(length, steps=STEPS, is_symmetric=False):
     """For each step how far loss, gradients, queue and f_k are off; and whether ranks are equal.
 
     The first rank compares with the reference, the others with the first.
     """
     torch.manual_seed(SEED)
-    config = MoCoConfig(momentum=M, temperature=T, batch_norm_groups=GROUPS)
+    config = MoCoConfig(momentum=M, batch_norm_groups=GROUPS, symmetric=is_symmetric)
     moco = MoCo(ENCODER, config, global_batch=BATCH, seed=SEED).double()
     queue = KeyQueue(length, ENCODER.dim, SEED).double()
-    reference = algorithm_1(copy.deepcopy(moco.encoder_q), queue.rows_KD.clone())
+    reference = algorithm_1(
+        copy.deepcopy(moco.encoder_q), queue.rows_KD.clone(), steps, is_symmetric
+    )
     off, are_equal = [], True
-    for loss, gradients, queue_KD, keys in ours(moco, queue):
+    for loss, gradients, queue_KD, keys in ours(moco, queue, steps):
         are_equal = are_equal and all_equal([*gradients, queue_KD, *keys])
         if rank() == 0:
             expected_loss, expected_gradients, expected_KD, expected_keys = next(reference)
@@ -181,4 +191,12 @@ def test_fifty_steps_are_algorithm_1_of_the_paper(world, length):
     # Rounding grows where it carries a value over the edge of a ReLU.
     for step, (loss, gradients, queue, keys) in enumerate(off):
         assert max(loss, gradients, queue, keys) < (1e-9 if step < 10 else 1e-5), f"step {step}"
+    assert all(are_equal for _, are_equal in found)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_symmetric_loss_is_the_sum_of_both_ways_against_the_same_queue(world):
+    found = [compare(40, 8, True)] if world == 1 else run_in_processes(world, compare, 40, 8, True)
+    assert len(found[0][0]) == 8
+    assert max(max(off) for off in found[0][0]) < 1e-9
     assert all(are_equal for _, are_equal in found)

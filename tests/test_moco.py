@@ -64,13 +64,13 @@ def test_the_key_encoder_moves_before_it_makes_the_keys():
         parameter.data.mul_(1.5)
     followed = copy.deepcopy(moco)
     followed.move_key_encoder()
-    _, key_ND = moco(*views(0), step=0)
+    ((_, key_ND),) = moco(*views(0), step=0)
     torch.testing.assert_close(key_ND, followed.encoder_k(views(0)[1]))
 
 
 def test_only_the_query_encoder_gets_a_gradient():
     moco = small_moco()
-    query_ND, key_ND = moco(*views(0), step=0)
+    ((query_ND, key_ND),) = moco(*views(0), step=0)
     info_nce(query_ND, key_ND, KeyQueue(8, 16, 0).rows_KD, 0.2).backward()
     assert not key_ND.requires_grad
     assert all(parameter.grad is not None for parameter in moco.encoder_q.parameters())
@@ -106,13 +106,31 @@ def test_keys_take_their_statistics_from_other_pictures_than_their_queries():
 
 def test_keys_come_back_in_the_order_of_their_queries():
     moco = small_moco().eval()  # without batch statistics a key does not depend on its group
-    _, key_ND = moco(*views(0), step=3)
+    ((_, key_ND),) = moco(*views(0), step=3)
     torch.testing.assert_close(key_ND, moco.encoder_k(views(0)[1]))
 
 
 def test_without_batch_norm_groups_the_keys_are_not_shuffled():
     groups = groups_seen(small_moco(batch_norm="none"), step=0)
     assert groups["encoder_q"] == groups["encoder_k"]
+
+
+def test_split_has_the_groups_of_shuffle_in_one_process():
+    moco = small_moco(batch_norm="split")
+    groups = groups_seen(moco, step=0)
+    assert not set(groups["encoder_q"]) & set(groups["encoder_k"])
+    assert frozenset().union(*groups["encoder_k"]) == set(range(BATCH))
+    with pytest.raises(ValueError, match="split needs several groups in each process, 8 groups"):
+        groups_per_process(MoCoConfig(batch_norm="split"), 256, 8)
+
+
+def test_synced_keys_are_not_shuffled_and_share_one_group():
+    moco = small_moco(batch_norm="sync")
+    norms = [m for m in moco.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert {type(norm) for norm in norms} == {torch.nn.SyncBatchNorm}
+    groups = groups_seen(moco, step=0)
+    assert groups["encoder_q"] == groups["encoder_k"]
+    assert groups_per_process(MoCoConfig(batch_norm="sync"), 256, 4) == 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +192,7 @@ def train(steps):
     losses = []
     for step in range(steps):
         query_view, key_view = views(step, side_px=64)
-        query_ND, key_ND = wrapped(query_view[own], key_view[own], step)
+        ((query_ND, key_ND),) = wrapped(query_view[own], key_view[own], step)
         loss = info_nce(query_ND, key_ND, queue.rows_KD, 0.2)
         queue.push(key_ND)
         loss.backward()

@@ -28,7 +28,7 @@ def make_report(tmp_path):
         settings = {
             "total_steps": 40,
             "first_step": 0,
-            "queue": 511,
+            "chance_loss": math.log(512),
             "track": lambda values, step: tracked.append((step, values)),
             "console": Console(file=printed, force_terminal=is_terminal, width=100),
         }

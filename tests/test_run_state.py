@@ -71,7 +71,7 @@ def save(run, folder, step, identity):
 
 
 def train_a_step(run):
-    run.moco(*torch.randn(2, 4, 3, 32, 32), step=0)[0].sum().backward()
+    run.moco(*torch.randn(2, 4, 3, 32, 32), step=0)[0][0].sum().backward()
     run.optimizer.step()
     run.queue.push(torch.ones(3, 4))
 

@@ -153,7 +153,7 @@ def pairs_of_views(steps):
 
 
 def test_twenty_steps_are_algorithm_1_of_the_paper(tiny_run):
-    queue, keys = tiny_run.queue, tiny_run.moco.encoder_k
+    queue, keys = tiny_run.dictionary, tiny_run.moco.encoder_k
     pairs = pairs_of_views(20)
     reference = algorithm_1(tiny_run.moco, queue.rows_KD.clone(), pairs, tiny_run.config)
     for step, (expected_loss, expected_queue_KD, expected) in enumerate(reference):
@@ -175,14 +175,14 @@ def test_a_positive_is_never_among_its_negatives(tiny_run):
     """Two equal views and keys that are all far away: unless it is in the queue, a key is found."""
     view = pairs_of_views(1)[0, 0]
     query_ND = tiny_run.moco.encoder_q(view).detach()
-    tiny_run.queue.rows_KD.copy_(-query_ND[[0] * 24])
+    tiny_run.dictionary.rows_KD.copy_(-query_ND[[0] * 24])
     batch = PairBatch(view, view, 0, None, None, 0)
     loss, accuracy = train.train_step(tiny_run, batch)
     similarity_N = query_ND @ -query_ND[0]
     expected = (24 * ((similarity_N - 1) / 0.2).exp()).log1p().mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     assert accuracy == 1.0
-    assert tiny_run.queue.place == 16
+    assert tiny_run.dictionary.place == 16
 
 
 # Resume ------------------------------------------------------------------------------------------
@@ -195,6 +195,57 @@ def test_six_steps_are_three_and_a_resume_and_three_bit_by_bit(six_steps, shard_
     assert_same_checkpoint(killed, six_steps, 6)
     names = ("loss", "pretext_accuracy", "learning_rate")
     assert logged(killed, *names) == logged(six_steps, *names)
+
+
+FORMS = {
+    "memory bank": ["--moco.mechanism", "memory-bank"],
+    "end-to-end": ["--moco.mechanism", "end-to-end"],
+    "symmetric": ["--moco.symmetric"],
+    "batch, predictor, momentum to 1": [
+        *("--moco.mechanism", "batch", "--moco.symmetric", "--moco.predictor", "--moco.loss-2t"),
+        *("--moco.momentum-schedule", "cosine", "--moco.batch-norm", "sync"),
+        *("--encoder.head", "v3", "--encoder.hidden", "24", "--optimiser.name", "lars"),
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_mechanism_goes_on_bit_by_bit_after_a_resume(form, shard_set, tmp_path):
+    words = (shard_set, *FORMS[form], "--steps", "6", "--save-every", "3")
+    whole = trained(tmp_path / "whole", *words)
+    killed = shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(killed / "step-000000006")
+    trained(killed, *words, "--resume")
+    first, second = (load_checkpoint(run / "step-000000006") for run in (whole, killed))
+    torch.testing.assert_close(first.tensors, second.tensors, rtol=0, atol=0)
+    expected = {
+        "memory bank": {"encoder_q", "memory_bank", "optimiser"},
+        "end-to-end": {"encoder_q", "optimiser"},
+        "symmetric": {"encoder_q", "encoder_k", "queue", "optimiser"},
+        "batch, predictor, momentum to 1": {"encoder_q", "encoder_k", "predictor", "optimiser"},
+    }
+    assert set(first.tensors) == expected[form]
+    losses = logged(whole, "loss", "pretext_accuracy")
+    assert logged(killed, "loss", "pretext_accuracy") == losses
+    assert len({loss for _, loss, _ in losses}) == 6
+
+
+def test_the_momentum_of_a_cosine_schedule_goes_to_one(tiny_run):
+    moco = dataclasses.replace(tiny_run.config.moco, momentum_schedule="cosine")
+    run = dataclasses.replace(tiny_run, config=dataclasses.replace(tiny_run.config, moco=moco))
+    found = []
+    for step in (0, 5, 10):
+        train.set_momentum(run, step, total_steps=10)
+        found.append(run.moco.momentum)
+    assert found == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_a_memory_bank_that_is_all_in_the_batch_is_refused(shard_set, tmp_path):
+    words = ("--moco.mechanism", "memory-bank", "--batch", "40", "--data.lanes", "1")
+    done = command(*TINY, "--data.shards", shard_set, "--output", tmp_path / "run", *words)
+    assert done.code == 2
+    assert "a memory bank needs more pictures than a batch" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_newest_checkpoint_costs_one_interval_and_is_said(six_steps, shard_set, tmp_path):
