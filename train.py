@@ -31,7 +31,7 @@ from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
 from eval.run_config import MAY_CHANGE, TrainConfig, parse_arguments
-from eval.run_report import LOG_NAME, RunReport
+from eval.run_report import LOG_NAME, RunReport, trim_log
 from eval.sample_log import SampleLog
 from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
@@ -412,6 +412,8 @@ def open_run(
         output.mkdir(parents=True, exist_ok=True)
         with atomic_file(output / CONFIG_NAME) as file:
             file.write(json.dumps(to_plain(config), indent=1).encode() + b"\n")
+        for log in output.glob("quarantine-*.jsonl"):  # also of ranks that are no more
+            trim_log(log, found.step - 1 if found else -1)  # its steps count from 0
     accelerator.wait_for_everyone()
     return found
 

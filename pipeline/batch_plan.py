@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.header_check import checked_picture
 from pipeline.order import Ints, Order, Places
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import BadSample, Quarantine
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.validate import Limits
 
@@ -91,11 +91,13 @@ class BatchPlanner:
         """Log that the sample at ``row`` cannot be used."""
         shard, index = int(planned.places.shard[row]), int(planned.places.index[row])
         self._quarantine.reject(
-            step=planned.step,
-            shard=self._store.manifest.shards[shard].name,
-            index=index,
-            key=self._store.key(shard, index),
-            reason=reason,
+            BadSample(
+                step=planned.step,
+                shard=self._store.manifest.shards[shard].name,
+                index=index,
+                key=self._store.key(shard, index),
+                reason=reason,
+            )
         )
 
     def replace(self, planned: PlannedBatch, row: int) -> None:

@@ -32,6 +32,18 @@ Triple = tuple[float, float, float]
 # A second and third batch are decoded while one is consumed; more only holds memory.
 PREFETCH_BATCHES = 2
 
+# DALI passes on the numbers of nvImageCodec's nvimgcodecStatus_t (nvimgcodec.h); what the decoder
+# itself said goes to the process's standard error only.
+DECODER_SIGNS = (
+    ("Failed to decode sample", "its data are damaged or break off"),
+    ("failure: '#3'", "its structure is damaged"),
+    ("failure: '#4'", "a format that DALI does not decode"),
+    ("failure: '#13'", "its structure is damaged"),
+    ("failure: '#14'", "a format that DALI does not decode"),
+    ("failure: '#17'", "its structure is damaged or breaks off"),
+    ("Invalid sample_type: 0", "a kind of its format that DALI does not decode"),
+)
+
 
 def fields_of(recipe: ViewRecipe) -> list[str]:
     """The names of the inputs that the graph of this recipe has, in their order."""
@@ -348,7 +360,9 @@ class DaliEngine:
 
 
 def first_reason(message: str) -> str:
-    """The line of DALI's long report that says what went wrong."""
+    """What DALI's long report says went wrong, in words where it has a number only."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     after = [line for before, line in pairwise(lines) if before.startswith("encountered")]
-    return (after or lines or ["no reason given"])[0]
+    reason = (after or lines or ["no reason given"])[0]
+    words = next((words for sign, words in DECODER_SIGNS if sign in reason), "")
+    return f"{words} (DALI: {reason})" if words else reason

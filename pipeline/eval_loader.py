@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.header_check import checked_picture
 from pipeline.program import InputError
 from pipeline.shard_store import BadSampleError, ShardStore
-from pipeline.torch_views import decode, eval_picture, normalise
+from pipeline.torch_views import DecodeError, decode, eval_picture, normalise
 from pipeline.validate import Limits
 
 try:
@@ -131,7 +131,7 @@ class EvalLoader:
         for batch in self._encoded():
             try:
                 decoded = [decode(picture) for picture in batch.pictures]
-            except (OSError, SyntaxError, ValueError) as error:
+            except DecodeError as error:
                 raise self._undecodable(str(error)) from error
             shown = [
                 eval_picture(picture, view.resize_px, view.crop_px, view.interpolation)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.picture_header import BadHeaderError, read_header
+from pipeline.picture_header import EMPTY, UNKNOWN, BadHeaderError, read_header
 from pipeline.shard_store import BadSampleError, ShardStore
-from pipeline.validate import Limits, RefusedError, check_size
+from pipeline.validate import Limits, RefusedError, check_bytes, check_scans, check_size
 
 Bytes = NDArray[np.uint8]
 
@@ -36,23 +36,27 @@ def checked_picture(store: ShardStore, shard: int, index: int, limits: Limits) -
         store: the shards.
         shard: number of the shard.
         index: of the sample in it.
-        limits: of bytes, looked at before any is read, and of pixels.
+        limits: of bytes, looked at before any is read, and of pixels and sides.
 
     Raises:
         BadSampleError: if it cannot be used; the message is the reason.
     """
     record = store.records(shard)[index]
-    if record["size"] > limits.max_bytes:
-        raise BadSampleError(f"{int(record['size'])} bytes, the limit is {limits.max_bytes}")
-    picture = store.picture(shard, index)
     try:
+        check_bytes(int(record["size"]), limits)
+        picture = store.picture(shard, index)
         header = read_header(picture)
         check_size(header.width, header.height, limits)
-    except (BadHeaderError, RefusedError) as error:
+        check_scans(header, picture)
+    except RefusedError as error:
         raise BadSampleError(str(error)) from error
+    except BadHeaderError as error:
+        kind = "" if str(error) in (EMPTY, UNKNOWN) else "damaged header: "
+        raise BadSampleError(f"{kind}{error}") from error
     width, height = int(record["width"]), int(record["height"])
     if width and height and (width, height) != (header.width, header.height):
         raise BadSampleError(
-            f"its header says {header.width}x{header.height} pixels, its index {width}x{height}"
+            f"another size: its header says {header.width}x{header.height} pixels, "
+            f"its index {width}x{height}"
         )
     return CheckedPicture(picture, header.width, header.height)

@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.validate import FORMATS
 from pipeline.view_recipe import BRIGHTNESS, CONTRAST, SATURATION, ViewParameters, ViewRequest
 
 Bytes = NDArray[np.uint8]
+
+# Those whose headers were looked at; others (EPS runs a program) are not even tried.
+PILLOW_FORMATS = tuple(name for names in FORMATS.values() for name in names)
 
 
 class DecodeError(Exception):
@@ -28,8 +32,18 @@ class DecodeError(Exception):
 
 
 def decode(picture: Bytes) -> Image.Image:
-    """The stored picture as RGB; EXIF rotation is ignored, as by torchvision's ``ImageFolder``."""
-    return Image.open(io.BytesIO(picture.data)).convert("RGB")
+    """The stored picture as RGB; EXIF rotation is ignored, as by torchvision's ``ImageFolder``.
+
+    Raises:
+        DecodeError: if it cannot be decoded.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # the loaders have a limit of their own, which a user may set
+    try:
+        return Image.open(io.BytesIO(picture.data), formats=PILLOW_FORMATS).convert("RGB")
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise DecodeError("not a picture in a known format") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for broken input
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
 def view_picture(
@@ -92,10 +106,7 @@ def make_views(
     Raises:
         DecodeError: if a picture cannot be decoded.
     """
-    try:
-        decoded = [decode(picture) for picture in request.pictures]
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken pictures
-        raise DecodeError(str(error)) from error
+    decoded = [decode(picture) for picture in request.pictures]
     return tuple(
         normalise(
             [view_picture(picture, view, row, image_px) for row, picture in enumerate(decoded)],
@@ -159,9 +170,7 @@ class TorchEngine:
         for row, picture in enumerate(pictures):
             try:
                 decode(picture)
-            except UnidentifiedImageError:  # its message has an address in memory
-                problems[row] = "not a picture in a known format"
-            except (OSError, SyntaxError, ValueError) as error:
+            except DecodeError as error:
                 problems[row] = str(error)
         return problems
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.picture_header import EMPTY, UNKNOWN, BadHeaderError, PictureHeader, read_header
+from pipeline.picture_header import (
+    EMPTY,
+    UNKNOWN,
+    BadHeaderError,
+    Buffer,
+    PictureHeader,
+    read_header,
+)
 from pipeline.program import InputError
 from pipeline.transcode import EXIF_ORIENTATION, transcode
 
@@ -105,7 +112,7 @@ def accept_picture(data: bytes, limits: Limits, form: StoredForm) -> AcceptedPic
     header = _header(data)
     if header:
         check_size(header.width, header.height, limits)
-        _check_scans(header, data)
+        check_scans(header, data)
     with _reasons_of_pillow(header, limits):
         formats = FORMATS[header.format] if header else OTHER_FORMATS
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -159,9 +166,14 @@ def _header(data: bytes) -> PictureHeader | None:
         raise RefusedError(f"damaged header: {error}") from None
 
 
-def _check_scans(header: PictureHeader, data: bytes) -> None:
+def check_scans(header: PictureHeader, data: Buffer) -> None:
+    """Compare the scans of a progressive JPEG with the limit; other pictures pass unread.
+
+    Raises:
+        RefusedError: if there are too many.
+    """
     if header.format == "jpeg" and header.progressive:
-        scans = data.count(b"\xff\xda")  # coded data has no such bytes
+        scans = bytes(data).count(b"\xff\xda")  # coded data has no such bytes
         if scans > SCAN_LIMIT:
             raise RefusedError(f"too many scans: {scans}, the limit is {SCAN_LIMIT}")
 

@@ -1,5 +1,7 @@
 """What is refused before a decoder sees it."""
 
+import re
+
 import pytest
 
 from pipeline.data_config import DataConfig
@@ -44,7 +46,9 @@ def test_a_sound_picture_comes_with_its_size(one_picture, clean_pictures):
 )
 def test_a_header_that_differs_from_the_index_is_refused(one_picture, header, index):
     reason = reason_of(one_picture(header=header, index=index))
-    assert reason == "its header says {}x{} pixels, its index {}x{}".format(*header, *index)
+    assert reason == "another size: its header says {}x{} pixels, its index {}x{}".format(
+        *header, *index
+    )
 
 
 def test_the_size_that_an_index_does_not_know_is_the_headers(one_picture):
@@ -68,20 +72,31 @@ def test_too_many_bytes_are_refused_unread(one_picture, clean_pictures, monkeypa
     store, size = one_picture(), len(clean_pictures[0])
     assert checked_picture(store, 0, 0, Limits(max_bytes=size)).width == 64
     monkeypatch.setattr(store, "picture", None)
-    assert reason_of(store, Limits(max_bytes=size - 1)) == f"{size} bytes, the limit is {size - 1}"
+    assert (
+        reason_of(store, Limits(max_bytes=size - 1))
+        == f"too many bytes: {size}, the limit is {size - 1}"
+    )
 
 
 @pytest.mark.parametrize(
     ("picture", "reason"),
     [
         (b"<html>404</html>", "not a picture in a known format"),
-        (b"\xff\xd8", "cut off in its header"),
+        (b"\xff\xd8", "damaged header: cut off in its header"),
         (b"", "empty file"),
-        (b"\x89PNG\r\n\x1a\n", "cut off in its header"),
+        (b"\x89PNG\r\n\x1a\n", "damaged header: cut off in its header"),
     ],
 )
 def test_bytes_without_a_header_are_refused_with_the_parsers_reason(one_picture, picture, reason):
     assert reason_of(one_picture(picture, index=(0, 0))) == reason
+
+
+def test_a_jpeg_that_keeps_a_decoder_busy_is_refused(one_picture, draw_photo, encode):
+    picture = encode(draw_photo(1, 64, 48), progressive=True)
+    assert checked_picture(one_picture(picture), 0, 0, Limits()).width == 64
+    scan = picture[picture.rindex(b"\xff\xda") : -2]
+    store = one_picture(picture[:-2] + scan * 100 + picture[-2:])
+    assert re.match(r"too many scans: 1\d\d, the limit is 100", reason_of(store))
 
 
 def test_a_limit_of_no_pixels_is_an_input_error():

@@ -13,7 +13,7 @@ from pipeline import engines
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, cpu_threads
 from pipeline.loader import PairLoader
 from pipeline.program import DataError, InputError
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import BadSample, Quarantine
 from pipeline.shard_format import index_bytes, read_index
 from pipeline.torch_views import make_views
 from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
@@ -265,7 +265,8 @@ def test_a_hundred_bad_samples_in_a_row_end_the_run(own_set, engine, tmp_path):
         for _ in range(2):
             with pytest.raises(DataError, match=r"100 samples in a row .*unreadable shard.*jsonl"):
                 next(loader)
-    assert len(lines_of(log)) == 100
+        assert loader.quarantine.bad == 100
+    assert 30 < len(lines_of(log)) <= 40  # each of the forty samples once
 
 
 def test_pictures_of_which_none_decodes_end_the_run(pack_set, clean_pictures, engine, tmp_path):
@@ -277,11 +278,26 @@ def test_pictures_of_which_none_decodes_end_the_run(pack_set, clean_pictures, en
         next(loader)
 
 
+def bad_sample(**changes):
+    given = {"step": 0, "shard": "a.tar", "index": 0, "key": "k", "reason": "why", **changes}
+    return BadSample(**given)
+
+
+def test_a_bad_sample_is_logged_once_a_step_however_often_it_was_tried(tmp_path):
+    quarantine = Quarantine(tmp_path / "log", 1.0)
+    met = [bad_sample(step=step, index=index) for step in (3, 8, 3, 100) for index in (0, 1, 0)]
+    for sample in met:
+        quarantine.reject(sample)
+    places = [(line["step"], line["index"]) for line in lines_of(tmp_path / "log")]
+    assert places == [(3, 0), (3, 1), (8, 0), (8, 1), (100, 0), (100, 1)]
+    assert quarantine.bad == len(met)
+
+
 def fill(quarantine, good, bad):
     for _ in range(good):
         quarantine.accept()
     for number in range(bad):
-        quarantine.reject(reason=f"reason {number}")
+        quarantine.reject(bad_sample(index=number))
 
 
 def test_a_share_of_bad_samples_above_the_limit_ends_the_run():

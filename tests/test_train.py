@@ -248,6 +248,23 @@ def test_a_memory_bank_that_is_all_in_the_batch_is_refused(shard_set, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resume_does_not_log_the_same_bad_samples_again(own_set, flip_bit, tmp_path):
+    for index in (0, 3, 7, 12):
+        flip_bit(own_set, 1, index)
+    words = ("--steps", "6", "--save-every", "3", "--data.max-bad-share", "1")
+    run = trained(tmp_path / "run", own_set, *words)
+    (run / "quarantine-3.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    logs = [(run / "quarantine-0.jsonl").read_text().splitlines()]
+    shutil.rmtree(run / "step-000000006")
+    trained(run, own_set, *words, "--resume")
+    logs.append((run / "quarantine-0.jsonl").read_text().splitlines())
+    # The reader is ahead of the last step, now more and now less.
+    logs = [sorted(line for line in log if json.loads(line)["step"] < 6) for log in logs]
+    assert logs[0] == logs[1] and len(logs[0]) == len(set(logs[0])) >= 4
+    # Of a rank that is no more.
+    assert (run / "quarantine-3.jsonl").read_text() == '{"step": 2}\n'
+
+
 def test_a_damaged_newest_checkpoint_costs_one_interval_and_is_said(six_steps, shard_set, tmp_path):
     run = shutil.copytree(six_steps, tmp_path / "run")
     (run / "step-000000006" / "queue.safetensors").write_bytes(b"")
