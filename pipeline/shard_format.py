@@ -234,16 +234,25 @@ def parse_index(data: bytes, where: str) -> NDArray[np.void]:
 
 
 def write_manifest(
-    folder: Path, shards: Iterable[ShardInfo], classes: Iterable[str], made_by: dict[str, Any]
+    folder: Path,
+    shards: Iterable[ShardInfo],
+    classes: Iterable[str],
+    made_by: dict[str, Any],
+    tars: str = "",
 ) -> Manifest:
-    """Declare a folder finished; ``made_by`` holds settings only, so equal input stays equal."""
-    content = {
+    """Declare a folder finished; ``made_by`` holds settings only, so equal input stays equal.
+
+    ``tars`` is ``Manifest.tars``.
+    """
+    content: dict[str, Any] = {
         "format": "mocostream-shards",
         "version": FORMAT_VERSION,
         "classes": list(classes),
         "made_by": made_by,
         "shards": [asdict(shard) for shard in shards],
     }
+    if tars:
+        content["tars"] = tars
     with atomic_file(folder / MANIFEST_NAME) as file:
         file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
     return read_manifest(folder)
@@ -261,8 +270,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         tars = sum(1 for _ in folder.glob("*.tar"))
         raise InputError(
-            f"{folder} has {tars} tar files but no {MANIFEST_NAME}: its packing did not finish, or "
-            "the tars come from elsewhere; run make_shards on the pictures"
+            f"{folder} has {tars} tar files but no {MANIFEST_NAME}: its packing did not end (run "
+            "make_shards again), or the tars come from elsewhere (run check_shards index)"
         )
     return parse_manifest(path.read_bytes(), str(path))
 
