@@ -6,11 +6,12 @@ doing. It is also how a later run knows which tars are still the same.
 
 import fcntl
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from pipeline.shard_format import (
 JOURNAL_NAME = "indexed.jsonl"
 UNUSUAL_NAME = "unusual.jsonl"
 PROGRAM = "check_shards index"
-TARS_LIMIT = 10_000_000  # names that braces may make
+TARS_LIMIT = 1_000_000  # that braces may stand for
+NUMBER_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 
 
 def find_tars(places: Iterable[str]) -> list[Path]:
@@ -76,13 +78,14 @@ def find_tars(places: Iterable[str]) -> list[Path]:
 def _expanded(place: str) -> list[str]:
     if "{" not in place or Path(place).exists():
         return [place]
+    # Looked at before: braceexpand makes every name of a range before it gives the first.
+    ranges = (abs(int(last) - int(first)) + 1 for first, last in NUMBER_RANGE.findall(place))
+    if math.prod(ranges) > TARS_LIMIT:
+        raise InputError(f"{place} stands for more than {TARS_LIMIT:,} tars: give fewer")
     try:
-        names = list(islice(braceexpand(place), TARS_LIMIT + 1))
+        return list(braceexpand(place))
     except UnbalancedBracesError as error:
         raise InputError(f"{place}: a brace is not closed; write {{000..123}}") from error
-    if len(names) > TARS_LIMIT:
-        raise InputError(f"{place} stands for more than {TARS_LIMIT:,} names: give fewer")
-    return names
 
 
 def _tars_of(place: Path) -> list[Path]:

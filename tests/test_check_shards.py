@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import webdataset
 from rich.console import Console
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import check_shards
 from pipeline.check_shards import IndexConfig, VerifyConfig
@@ -25,6 +26,7 @@ from pipeline.shard_format import read_index
 from pipeline.shard_store import ShardStore
 
 PROGRAM = Path(check_shards.__file__)
+INTERRUPTS = (signal.SIGTERM, signal.SIGINT)
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -78,6 +80,11 @@ def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def read_by_webdataset(path):
+    with path.open("rb") as file:
+        return list(group_by_keys(tar_file_expander([{"url": path.name, "stream": file}])))
+
+
 def test_what_webdataset_writes_is_indexed_as_it_reads_it(pictures, tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "%d.tar"), maxcount=8, verbose=0) as writer:
         for number, (suffix, picture) in enumerate(pictures):
@@ -88,8 +95,7 @@ def test_what_webdataset_writes_is_indexed_as_it_reads_it(pictures, tmp_path):
     store = ShardStore(tmp_path)
     places = [(0, i) for i in range(8)] + [(1, i) for i in range(4)]
     assert [store.picture(*place).tobytes() for place in places] == [data for _, data in pictures]
-    urls = [str(tmp_path / name) for name in ("0.tar", "1.tar")]
-    theirs = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    theirs = [sample for name in "01" for sample in read_by_webdataset(tmp_path / f"{name}.tar")]
     assert [store.key(*place) for place in places] == [sample["__key__"] for sample in theirs]
     records = np.concatenate([store.records(0), store.records(1)])
     assert records["label"].tolist() == [n % 5 for n in range(12)]
@@ -181,9 +187,7 @@ def test_labels_may_be_names_in_the_json_and_get_one_number_in_all_shards(pictur
 
 def test_numbers_in_one_shard_and_names_in_another_are_all_names(pictures, tmp_path):
     one = index_tar(write_tar(tmp_path / "0.tar", plain_members(pictures[:3])))
-    two = index_tar(
-        write_tar(tmp_path / "1.tar", plain_members(pictures[:2], label=lambda n: "dog"))
-    )
+    two = index_tar(write_tar(tmp_path / "1.tar", plain_members(pictures[:2], label="dog".format)))
     assert agree_on_classes([one, two], tmp_path) == ("0", "1", "2", "dog")
     assert records_of(tmp_path, "1")["label"].tolist() == [3, 3]
     # Without the dogs the others are numbers again.
@@ -340,7 +344,7 @@ def test_names_that_cannot_be_told_apart_are_refused(tmp_path, pictures):
         ([tmp_path / "c"], r"holds no \*\.tar"),
         ([tmp_path / "{0..2"], "a brace is not closed"),
         ([tmp_path / "x.tar"], "does not exist"),
-        ([f"{tmp_path}/{{0..99999999999}}"], "more than 10,000,000 names"),
+        ([f"{tmp_path}/{{0..99999999999}}"], "more than 1,000,000 tars"),
         ([], "no tars"),
     ):
         with pytest.raises(InputError, match=message):
@@ -356,9 +360,9 @@ def test_a_set_that_make_shards_packed_is_left_alone(shard_set):
 
 def test_two_runs_do_not_index_into_one_folder(tmp_path):
     with being_indexed(tmp_path):
+        another = being_indexed(tmp_path)
         with pytest.raises(InputError, match="is being indexed by another run"):
-            with being_indexed(tmp_path):
-                pass
+            another.__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -368,11 +372,13 @@ def start(folder, *flags):
     return subprocess.Popen(command, **pipes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in INTERRUPTS)]
+)
 def test_a_killed_run_leaves_whole_files_and_the_next_one_goes_on(pictures, tmp_path, number):
     tars, reference = tmp_path / "tars", tmp_path / "reference"
-    for name in range(60):
-        write_tar(tars / f"{name:02d}.tar", plain_members(pictures * 40))
+    for name in range(24):
+        write_tar(tars / f"{name:02d}.tar", plain_members(pictures * 25))
     expected, _ = run_index(tars, output=reference, decode=True)
     output = tmp_path / "out"
     process = start(tars, "--output", output, "--decode")
