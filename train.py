@@ -8,7 +8,6 @@ with --resume goes on after an interruption. Results per recipe: README.md.
 Letters in names: N images on this process, D embedding size, H W pixels.
 """
 
-import json
 import math
 import os
 import signal
@@ -30,11 +29,12 @@ from eval.features import require_labels
 from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
-from eval.run_config import MAY_CHANGE, TrainConfig, parse_arguments
-from eval.run_report import LOG_NAME, RunReport, trim_log
+from eval.run_config import TrainConfig, parse_arguments
+from eval.run_folder import find_start, trim_logs, write_settings
+from eval.run_report import RunReport
 from eval.sample_log import SampleLog
 from eval.weights_source import eval_view_of, start_from, starting_weights
-from model.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
 from model.dictionary import Dictionary
 from model.encoder import EncoderError, make_backbone
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
@@ -49,11 +49,8 @@ from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
 from pipeline.loader import PairBatch, PairLoader
 from pipeline.order import Order
 from pipeline.program import InputError, explain, run_program
-from pipeline.settings import flat, to_plain
-from pipeline.shard_format import atomic_file
+from pipeline.settings import to_plain
 from pipeline.shard_store import ShardStore
-
-CONFIG_NAME = "config.json"
 
 
 def main() -> None:
@@ -386,57 +383,19 @@ def open_run(
     accelerator: Accelerator,
     console: Console,
 ) -> Checkpoint | None:
-    """Check that the run may use its folder, and write its settings there.
-
-    Returns:
-        The checkpoint to go on from: the newest intact one with --resume, else None.
+    """Find what the run goes on from, if anything, and write its settings into its folder.
 
     Raises:
-        InputError: if the folder holds a run and --resume is missing, or the run in it is another.
-        CheckpointError: if there is nothing to resume from.
-        OSError: if the folder cannot be written.
+        InputError, CheckpointError, OSError: if the folder or checkpoint cannot be used.
     """
-    found = None
-    holds_run = (output / LOG_NAME).exists() or bool(checkpoint_folders(output))
-    if config.resume and holds_run and not checkpoint_folders(output):
-        line = f"{output} has no checkpoint yet: starting at the first step"
-        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    elif config.resume:
-        warn = partial(console.print, style="yellow", markup=False, emoji=False)
-        found = newest_checkpoint(output, warn)
-        refuse_other_run(config, found, manifest_sha256)
-    elif holds_run:
-        raise InputError(f"{output} holds a run already: add --resume to go on, or choose another")
-    accelerator.wait_for_everyone()  # before anything is written that the checks above look for
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    found = find_start(config, output, manifest_sha256, say)
+    accelerator.wait_for_everyone()  # before anything is written that is looked for above
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output / CONFIG_NAME) as file:
-            file.write(json.dumps(to_plain(config), indent=1).encode() + b"\n")
-        for log in output.glob("quarantine-*.jsonl"):  # also of ranks that are no more
-            trim_log(log, found.step - 1 if found else -1)  # its steps count from 0
+        write_settings(output, config)
+        trim_logs(output, found.step if found else 0)
     accelerator.wait_for_everyone()
     return found
-
-
-def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: str) -> None:
-    """See that a checkpoint belongs to the run that is asked for.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    was = found.state["data"]["manifest_sha256"]
-    if was != manifest_sha256:
-        raise InputError(
-            f"{found.folder} was trained on data set {was[:12]}, {config.data.shards} is "
-            f"{manifest_sha256[:12]}: give the same shards, or start a new run"
-        )
-    before, now = flat(found.state["config"]), flat(to_plain(config))
-    for name in sorted(before.keys() | now.keys()):
-        if name not in MAY_CHANGE and before.get(name) != now.get(name):
-            raise InputError(
-                f"{found.folder} was trained with {name} = {before.get(name)}, now it is "
-                f"{now.get(name)}: use the same, or start a new run in another --output"
-            )
 
 
 if __name__ == "__main__":

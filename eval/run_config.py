@@ -58,8 +58,9 @@ class TrainConfig:
     """Of weights, order, views, queue and shuffle."""
     output: Path | None = None
     """Folder of the run: new, or one to go on with by --resume."""
-    resume: bool = False
-    """Go on after the newest intact checkpoint in --output."""
+    resume: str | None = None
+    """Go on: with no value after the newest intact checkpoint in --output, with auto likewise or
+    from the start if there is none, or with the path of a checkpoint or run after that one."""
     log_every: int = 10
     """Steps between reports."""
     log_samples: bool = False
@@ -162,7 +163,10 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", nargs="?", const="newest")  # tyro's flags have a value or none
     files, rest = parser.parse_known_args(arguments)
+    if files.resume is not None:
+        rest += ["--resume", files.resume]
     known = ", ".join(RECIPES)
     default = None
     if rest and not rest[0].startswith("-"):
@@ -196,7 +200,7 @@ def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:
         raise InputError(f"--config {path} holds no settings: give a run's config.json")
     if recipe is not None:
         plain = merged(to_plain(recipe), plain)
-    return from_plain(TrainConfig, {**plain, "resume": False}, str(path))
+    return from_plain(TrainConfig, {**plain, "resume": None}, str(path))
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

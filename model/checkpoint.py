@@ -142,6 +142,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} has checkpoint version {manifest['version']}, this program reads "
                 f"{CHECKPOINT_VERSION}"
             )
+        unknown = {path.name for path in folder.iterdir()} - {*files, MANIFEST_NAME}
+        if unknown:
+            raise CheckpointError(
+                f"{folder} holds {sorted(unknown)[0]}, which its manifest does not list: a "
+                "checkpoint of ours has safetensors and JSON only, remove what is not of it"
+            )
         for name, entry in files.items():
             if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
                 raise CheckpointError(f"{folder} lists {name!r}, which no checkpoint of ours has")

@@ -129,10 +129,18 @@ def edit_manifest(folder, edit):
 )
 def test_a_manifest_with_names_that_are_not_ours_is_refused(tmp_path, name):
     folder = save(tmp_path, 1) / "step-000000001"
-    (folder / "optimiser.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     edit_manifest(folder, lambda m: m["files"].update({name: {"bytes": 1, "sha256": ""}}))
     with pytest.raises(CheckpointError, match="which no checkpoint of ours has"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["optimiser.pkl", "pytorch_model.bin", "random_states_0.pkl"])
+def test_a_checkpoint_with_a_pickle_beside_it_is_refused_and_the_one_before_is_used(tmp_path, name):
+    folder = save(tmp_path, 1, 2) / "step-000000002"
+    (folder / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(CheckpointError, match=f"holds {name}, which its manifest does not list"):
+        load_checkpoint(folder)
+    assert newest_checkpoint(tmp_path, lambda _: None).step == 1
 
 
 def test_a_checkpoint_of_another_version_is_refused_with_both_numbers(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends exactly as one that never was."""
+"""A run that is killed again and again, or has its processes changed, is the same run."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parent / "bench" / "kill_resume.py"
+BENCH = Path(__file__).resolve().parent / "bench"
 
 
-def last_line(*words):
+def last_line(program, *words):
     """What the program says in the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, PROGRAM, *words],
+        [sys.executable, BENCH / program, *words],
         env=environment,
         capture_output=True,
         text=True,
@@ -26,13 +26,19 @@ def last_line(*words):
 
 
 def test_a_run_killed_three_times_ends_as_one_never_killed():
-    line = last_line("--cycles", "3")
+    line = last_line("kill_resume.py", "--cycles", "3")
     assert (line["cycles"], line["equal"]) == (3, True)
     assert line["left_half_written"] >= 1  # this seed's kills come while checkpoints are written
 
 
 @pytest.mark.slow
 def test_a_run_killed_fifty_times_ends_as_one_never_killed():
-    line = last_line("--cycles", "50")
+    line = last_line("kill_resume.py", "--cycles", "50")
     assert (line["cycles"], line["equal"]) == (50, True)
     assert line["left_half_written"] >= 5
+
+
+def test_one_then_four_then_two_processes_see_the_global_batches_of_one():
+    line = last_line("world_change.py")
+    assert line["equal"]
+    assert line["processes_that_logged"] == 4

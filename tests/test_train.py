@@ -336,6 +336,58 @@ def test_minutes_ask_for_a_checkpoint_too(six_steps, shard_set, tmp_path):
     assert_same_checkpoint(run, six_steps, 6)
 
 
+def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
+    six_steps, shard_set, tmp_path
+):
+    run = trained(
+        tmp_path / "run", shard_set, "--steps", "6", "--resume", six_steps / "step-000000003"
+    )
+    assert_same_checkpoint(run, six_steps, 6)
+    assert logged(run, "loss") == logged(six_steps, "loss")[3:]
+    other = trained(tmp_path / "other", shard_set, "--steps", "7", "--resume", six_steps)
+    assert [step for step, _ in logged(other, "loss")] == [7]
+
+
+def test_a_resume_from_before_the_newest_checkpoint_needs_another_folder(six_steps, shard_set):
+    before = snapshot(six_steps)
+    words = ("--steps", "6", "--resume", six_steps / "step-000000003")
+    done = command(*TINY, "--data.shards", shard_set, "--output", six_steps, *words)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "is older than" in done.err and "give another --output" in done.err
+    assert snapshot(six_steps) == before
+
+
+def test_auto_starts_a_run_and_goes_on_with_one(six_steps, shard_set, tmp_path):
+    words = ("--steps", "6", "--save-every", "3", "--resume", "auto")
+    run = trained(tmp_path / "run", shard_set, *words)
+    assert_same_checkpoint(run, six_steps, 6)
+    shutil.rmtree(run / "step-000000006")
+    again = command(*TINY, "--data.shards", shard_set, "--output", run, *words)
+    assert "resumed after step 3" in again.out
+    assert_same_checkpoint(run, six_steps, 6)
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("resume", [(), ("--resume", "from")], ids=["", "--resume PATH"])
+def test_a_launcher_that_starts_a_run_again_goes_on_with_it(
+    six_steps, shard_set, tmp_path, monkeypatch, count, resume
+):
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    shutil.rmtree(run / "step-000000006")
+    words = (*TINY, "--data.shards", shard_set, "--output", run, "--steps", "6", *resume)
+    monkeypatch.setenv(count, "0")
+    assert command(*words).code == 2
+    monkeypatch.setenv(count, "1")
+    done = command(*words)
+    assert (done.code, done.err) == (0, "")
+    assert "resumed after step 3" in done.out
+
+
+def test_a_launcher_may_start_a_run_again_that_had_not_begun(shard_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trained(tmp_path / "run", shard_set, "--steps", "1")
+
+
 def test_a_longer_run_may_be_asked_for_and_is_said(six_steps, shard_set, tmp_path):
     run = shutil.copytree(six_steps, tmp_path / "run")
     words = ("--data.shards", shard_set, "--output", run, "--steps", "8", "--resume")
@@ -596,6 +648,14 @@ def test_a_resume_on_another_data_set_is_refused(six_steps, tmp_path, pack_set, 
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "was trained on data set" in done.err
     assert snapshot(six_steps) == before
+
+
+def test_a_resume_with_another_recipe_names_it_first(six_steps, shard_set):
+    words = ("--data.shards", shard_set, "--output", six_steps, "--steps", "6", "--resume")
+    done = command("moco-v2", *TINY[1:], *words, "--moco.batch-norm-groups", "4")
+    assert done.code == 2
+    assert "was trained with recipe = demo, now it is moco-v2; " in done.err
+    assert re.search(r"and \d+ more: use", done.err)
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -1,0 +1,140 @@
+"""Start ``train.py`` as forks of a process that has imported everything: half a second, not six.
+
+No thread may start in the forking process before its last fork, and that rules out pytest: the
+programs in ``tests/bench/`` use this, and tests run those.
+"""
+
+import io
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch.utils.tensorboard  # noqa: F401 (what the children would import at run time)
+from PIL import Image
+
+import train
+from pipeline.program import run_program
+from pipeline.shard_format import Sample, write_manifest, write_shard
+
+PICTURES, BATCH = 64, 8
+PATIENCE_S, RUN_S = 120.0, 900.0
+FLAGS = ["demo", "--encoder.backbone", "test_resnet", "--encoder.stem", "imagenet",
+         "--encoder.dim", "16", "--moco.queue", "20", "--batch", str(BATCH), "--data.threads", "1",
+         "--data.engine", "torchvision", "--data.image-px", "16", "--data.eval-resize-px", "16",
+         "--log-every", "1", "--log-samples", "--save-every", "3"]  # fmt: skip
+
+
+def write_set(folder: Path) -> Path:
+    """Small JPEGs of noise in four shards."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    shards = []
+    for number in range(4):
+        samples = []
+        for place in range(PICTURES // 4):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(buffer, "JPEG")
+            samples.append(
+                Sample(key=f"{number}-{place}", picture=buffer.getvalue(), width=24, height=24)
+            )
+        shards.append(write_shard(folder / f"shard-{number:06d}.tar", samples))
+    write_manifest(folder, [shard for shard in shards if shard], (), {"program": "tests"})
+    return folder
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Life:
+    """The processes of one start of a run; what they print goes to ``RUN.RANK.log``."""
+
+    def __init__(self, run: Path, shards: Path, steps: int, world: int = 2) -> None:
+        self.run = run
+        self._world = world
+        self._port = free_port()
+        words = [*FLAGS, "--data.shards", str(shards), "--output", str(run), "--steps", str(steps)]
+        if run.exists():
+            words.append("--resume")
+        self._pids = [self._start(rank, words) for rank in range(world)]
+
+    def _start(self, rank: int, words: list[str]) -> int:
+        log = os.open(f"{self.run}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        pid = os.fork()
+        if pid:
+            os.close(log)
+            return pid
+        code: object = 1
+        try:
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self._world),
+                "LOCAL_WORLD_SIZE": str(self._world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._port),
+            }
+            sys.argv = ["train.py", *words]
+            run_program(train.main, (train.CheckpointError, train.EncoderError))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:  # never back into the parent's code
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+
+    def steps(self) -> int:
+        """Steps that this life has reported."""
+        return Path(f"{self.run}.0.log").read_text().count("\nstep ")
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return any(self.run.glob(".step-*.part"))
+
+    def wait_for(self, happens: Callable[[], bool]) -> None:
+        """Until something happens or a process ends."""
+        deadline = time.monotonic() + PATIENCE_S
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while not happens() and not any(os.waitid(os.P_PID, pid, flags) for pid in self._pids):
+            if time.monotonic() > deadline:
+                raise SystemExit(f"nothing happens any more: see {self.run}.*.log")
+            time.sleep(0.0005)
+
+    def kill(self, ranks: list[int], apart_s: float) -> None:
+        """SIGKILL these, one after the other; whoever is left must end by itself."""
+        for rank in ranks:
+            os.kill(self._pids[rank], signal.SIGKILL)
+            time.sleep(apart_s)
+
+    def end(self, patience_s: float) -> list[int]:
+        """Exit codes by rank, minus the signal for those killed by one."""
+        return [
+            exit_code(pid, f"{self.run}.{rank}.log", patience_s)
+            for rank, pid in enumerate(self._pids)
+        ]
+
+
+def exit_code(pid: int, log: str, patience_s: float) -> int:
+    """How a process ended; it is given time to."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    raise SystemExit(f"a process did not end within {patience_s:.0f} s: see {log}")
