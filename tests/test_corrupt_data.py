@@ -6,6 +6,7 @@ others may have them.
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import torch
 from pipeline.data_config import DataConfig
 from pipeline.loader import PairLoader
 from pipeline.picture_header import BadHeaderError, read_header
-from pipeline.shard_format import Sample, write_manifest, write_shard
+from pipeline.shard_format import Sample, read_index, write_manifest, write_shard
 from pipeline.validate import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,19 +68,19 @@ def size_of(picture):
     return size if max(size) < 1 << 16 else (0, 0)
 
 
-def pack(folder, pictures):
+def pack(folder, pictures, shards=SHARDS):
     """Shards as others have them: nobody has looked at the pictures. Their keys are numbers."""
     folder.mkdir()
     samples = []
     for number, picture in enumerate(pictures):
         width, height = size_of(picture)
         samples.append(Sample(key=f"{number:04d}", picture=picture, width=width, height=height))
-    each = -(-len(samples) // SHARDS)
-    shards = [
+    each = -(-len(samples) // shards)
+    infos = [
         write_shard(folder / f"shard-{n:06d}.tar", samples[n * each : (n + 1) * each])
-        for n in range(SHARDS)
+        for n in range(shards)
     ]
-    write_manifest(folder, shards, [], {"program": "tests"})
+    write_manifest(folder, infos, [], {"program": "tests"})
     return folder
 
 
@@ -125,7 +126,7 @@ def assert_untouched(clean, dirty, suspects):
         assert torch.equal(one.key_N3HW[fine], other.key_N3HW[fine])
         assert torch.isfinite(other.query_N3HW).all() and torch.isfinite(other.key_N3HW).all()
         compared += fine.sum()
-    assert compared > 100
+    assert compared > 70
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata, tests make errors of it
@@ -154,6 +155,60 @@ def test_real_broken_pictures_are_quarantined_and_the_rest_is_bit_equal(injected
         assert not spared
         kinds = set()
     assert too_many <= BAD_FOR_ALL | kinds and len(bad & refused) >= 36
+
+
+def flip_bytes(data, share, seed):
+    """``data`` with this share of its bytes, at random, given another value."""
+    changed = np.frombuffer(data, np.uint8).copy()
+    draw = np.random.default_rng(seed)
+    places = draw.choice(len(changed), int(share * len(changed)), replace=False)
+    changed[places] ^= draw.integers(1, 256, len(places), dtype=np.uint8)
+    return changed.tobytes()
+
+
+def test_a_shard_with_flipped_bytes_one_cut_short_and_one_missing_leave_the_rest_bit_equal(
+    good, engine, tmp_path
+):
+    clean = pack(tmp_path / "clean", good, shards=5)
+    broken = Path(shutil.copytree(clean, tmp_path / "broken"))
+    flipped, cut, missing = (broken / f"shard-{n:06d}.tar" for n in (0, 2, 3))
+    flipped.write_bytes(flip_bytes(flipped.read_bytes(), 0.01, seed=1))
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    missing.unlink()
+    log = tmp_path / "quarantine.jsonl"
+    batches = batches_of(broken, engine, log)
+
+    # The pictures have 10 kB and more, so each of the first shard has flipped bytes.
+    reasons = {(line["shard"], line["index"]): line["reason"] for line in lines_of(log)}
+    ends = [int(r["block"]) * 512 + int(r["size"]) for r in read_index(cut.with_suffix(".index"))]
+    past = {index for index, end in enumerate(ends) if end > len(whole) // 2}
+    suspects = {*range(20), *(40 + index for index in past), *range(60, 80)}
+    assert_untouched(batches_of(clean, engine), batches, suspects)
+    used = {int(sample) for batch in batches for sample in batch.sample_N}
+    assert not used & suspects and 5 < len(past) < 15
+    for name, index, reason in (
+        (flipped.name, range(20), "crc32 "),
+        (cut.name, past, "truncated shard: "),
+        (missing.name, range(20), "unreadable shard: "),
+    ):
+        met = {i: why for (shard, i), why in reasons.items() if shard == name}
+        assert set(met) <= set(index) and len(met) > 0.8 * len(index)
+        assert all(why.startswith(reason) for why in met.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bytes_that_were_flipped_before_the_index_was_made_do_not_end_a_run(good, engine, tmp_path):
+    # No checksum can tell: some are refused by their header, some by the decoder, and some decode.
+    flipped = [flip_bytes(picture, 0.01, n) for n, picture in enumerate(good[:20])]
+    spots = [flip_bytes(picture, 1e-4, n) for n, picture in enumerate(good[20:40])]
+    log = tmp_path / "quarantine.jsonl"
+    clean = batches_of(pack(tmp_path / "clean", good), engine)
+    batches = batches_of(pack(tmp_path / "flipped", flipped + spots + good[40:]), engine, log)
+    assert_untouched(clean, batches, range(40))
+    lines = lines_of(log)
+    assert len({line["key"] for line in lines}) >= 10 and all(line["reason"] for line in lines)
+    assert {int(line["key"]) for line in lines} <= set(range(40))
 
 
 # A small process between the tests and the run: a child inherits its parent's peak at its start.
