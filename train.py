@@ -25,7 +25,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from torch import Tensor
 
+from eval.alarms import Alarms, settled_step
 from eval.features import require_labels
+from eval.health_watch import HealthWatch
 from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
@@ -33,6 +35,7 @@ from eval.run_config import TrainConfig, parse_arguments
 from eval.run_folder import find_start, trim_logs, write_settings
 from eval.run_report import RunReport
 from eval.sample_log import SampleLog
+from eval.tracking import track
 from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError
 from model.dictionary import Dictionary
@@ -108,7 +111,10 @@ def main() -> None:
             minutes=config.save_minutes,
             failed=partial(say_not_saved, console),
         )
-        run = Run(config, output, accelerator, loader, wrapped, dictionary, optimizer, saver)
+        health = watch_of(config, accelerator)
+        run = Run(
+            config, output, accelerator, loader, wrapped, dictionary, optimizer, saver, health
+        )
         train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
     accelerator.end_training()
 
@@ -125,6 +131,7 @@ class Run:
     dictionary: Dictionary
     optimizer: torch.optim.Optimizer
     saver: Saver
+    health: HealthWatch
 
 
 def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
@@ -151,6 +158,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             if is_logged:
                 values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
                 report.steps(step, values | meter.read() | {"learning_rate": lr})
+                report_health(run, report, step)
             stopped_by, save_wanted = agreement.on(stop.signal, run.saver.is_wanted())
             with meter.paused():
                 if is_due(step, config.save_every) or is_last or stopped_by or save_wanted:
@@ -174,6 +182,7 @@ def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
     config = run.config.moco
     pairs = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
+    run.health.look(batch.step, pairs, run.dictionary, batch.sample_N, batch.label_N)
     loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
     loss = loss * loss_scale(config)
     run.accelerator.backward(loss)
@@ -221,6 +230,28 @@ def reduced(accelerator: Accelerator, step: int, **values: Tensor) -> dict[str, 
     return means
 
 
+def watch_of(config: TrainConfig, accelerator: Accelerator) -> HealthWatch:
+    """Looks at the dictionary on the main process, at steps that are logged."""
+    every = config.health_every * config.log_every if accelerator.is_main_process else 0
+    return HealthWatch(every, config.batch, accelerator.num_processes)
+
+
+def alarms_of(run: Run) -> Alarms:
+    """What watches over the figures of this run."""
+    config, order = run.config, run.loader.order
+    queue = config.moco.queue if config.moco.mechanism == "queue" else 0
+    settled = settled_step(queue, config.batch, order.steps_per_epoch)
+    chance = chance_loss(config.moco, run.dictionary.candidates(config.batch))
+    return Alarms(chance, queue, order.samples, settled)
+
+
+def report_health(run: Run, report: RunReport, step: int) -> None:
+    """What the last look at the dictionary found, if it was since the last report."""
+    found = run.health.read(run.accelerator.unwrap_model(run.moco))
+    if found is not None:
+        report.health(step, found)
+
+
 def report_knn(run: Run, report: RunReport, step: int) -> None:
     """Judge the query encoder as it is; on the main process, the others wait."""
     config = run.config
@@ -265,8 +296,8 @@ def open_report(run: Run, first_step: int, total_steps: int, console: Console) -
         f"{run.config.recipe} on {run.config.data.shards}",
         total_steps=total_steps,
         first_step=first_step,
-        chance_loss=chance_loss(run.config.moco, run.dictionary.candidates(run.config.batch)),
-        track=lambda values, step: accelerator.log(values, step=step),
+        track=partial(track, accelerator),
+        alarms=alarms_of(run),
         console=console,
     )
 
@@ -299,7 +330,8 @@ def introduce(
             "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
             "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
         )
-    if moco.mechanism == "queue" and moco.queue > order.samples // 4:
+    is_long = order.samples // 4 < moco.queue < order.samples  # a longer one raises an alarm
+    if moco.mechanism == "queue" and is_long:
         yield (
             f"note: the queue of {moco.queue} keys is longer than a quarter of the "
             f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "

@@ -24,7 +24,16 @@ from pipeline.settings import from_plain, to_plain
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
-    *("resume", "output", "log_every", "log_samples", "save_every", "save_minutes", "keep"),
+    *(
+        "resume",
+        "output",
+        "log_every",
+        "health_every",
+        "log_samples",
+        "save_every",
+        "save_minutes",
+        "keep",
+    ),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *(
         "data.shards",
@@ -63,6 +72,8 @@ class TrainConfig:
     from the start if there is none, or with the path of a checkpoint or run after that one."""
     log_every: int = 10
     """Steps between reports."""
+    health_every: int = 5
+    """Reports between looks at the dictionary (rank, ages, similarities); 0: never."""
     log_samples: bool = False
     """Write the numbers of each step's samples to samples-RANK.jsonl."""
     save_every: int = 1000
@@ -83,6 +94,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if self.health_every < 0:
+            raise InputError(f"--health-every {self.health_every}: give 0 or more")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: give a number of at least 1")
         if not 0 <= self.save_minutes < math.inf:

@@ -17,8 +17,11 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from eval.alarms import Alarm, Alarms
 from eval.curve import draw_curve
+from eval.health_watch import describe
 
 LOG_NAME = "run.jsonl"
 CURVE_NAME = "curve.png"
@@ -43,8 +46,8 @@ class RunReport:
         title: for the display.
         total_steps: of the whole run.
         first_step: steps done before, by an earlier part of the run.
-        chance_loss: of equal similarities, log(K + 1) with a queue; a reference.
         track: receives every logged value, for TensorBoard and the like.
+        alarms: told what is logged; what they raise is reported.
         console: where to print; a live display on a terminal, else plain lines.
     """
 
@@ -55,20 +58,23 @@ class RunReport:
         *,
         total_steps: int,
         first_step: int,
-        chance_loss: float,
-        track: Callable[[dict[str, float], int], None],
+        track: Callable[[dict[str, Any], int], None],
+        alarms: Alarms,
         console: Console,
     ) -> None:
         self._run = run
         self._title = title
         self._total_steps = total_steps
         self._first_step = first_step
-        self._chance_loss = chance_loss
+        self._chance_loss = alarms.chance_loss
         self._track = track
+        self._alarms = alarms
+        self._alarm: str | None = None
         self._console = console
         self._latest: dict[str, float] = {}
         self._losses: deque[float] = deque(maxlen=40)
         self._knn: float | None = None
+        self._health: list[tuple[str, str]] = []
         self._started = time.monotonic()
         self._steps = Progress(
             TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), console=console
@@ -82,6 +88,8 @@ class RunReport:
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+        if self._run is not None:
+            self._raise(self._first_step, self._alarms.start())
         return self
 
     def __exit__(
@@ -110,19 +118,36 @@ class RunReport:
             self._steps.update(self._bar, completed=step)
             self._live.update(self._panel(step))
 
+    def health(self, step: int, values: dict[str, Any]) -> None:
+        """Report a look at the dictionary, by ``HealthWatch``, after ``steps``."""
+        self._health = describe(values)
+        self._write(step, values)
+        if self._live is None:
+            self.note(f"step {step}: " + "  ".join(f"{n} {v}" for n, v in self._health))
+        self._raise(step, self._alarms.look(step, {**self._latest, **values}))
+
     def knn(self, step: int, top1: float) -> None:
         """Report a kNN score of the encoder as it is after ``step`` steps, in [0, 1]."""
         self._knn = top1
         self._write(step, {"knn_top1": top1})
         if self._live is None:
             self.note(f"step {step}: kNN top-1 {top1:.2%}")
+        if "pretext_accuracy" in self._latest:
+            self._raise(step, self._alarms.knn(self._latest["pretext_accuracy"], top1))
+
+    def _raise(self, step: int, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self._alarm = f"step {step}: {alarm.text}"
+            self._write(step, {"alarm": alarm.name, "alarm_text": alarm.text})
+            line = Text(f"step {step}: alarm: {alarm.text}", style="bold red")
+            self._console.print(line, soft_wrap=True)  # above the live display, where it stays
 
     def finish(self) -> None:
         """Draw the curve of the whole run."""
         if self._run is not None and (self._run / LOG_NAME).exists():
             draw_curve(self._run / LOG_NAME, self._run / CURVE_NAME, self._chance_loss)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         if self._run is None:
             return
         with (self._run / LOG_NAME).open("a") as file:
@@ -155,6 +180,10 @@ class RunReport:
         for name, value in self._shown(step):
             table.add_row(f"[dim]{name}[/]", value)
         table.add_row("[dim]recent loss[/]", sparkline(list(self._losses)))
+        for name, value in self._health:
+            table.add_row(f"[dim]{name}[/]", value)
+        if self._alarm is not None:
+            table.add_row("[bold red]alarm[/]", Text(self._alarm, style="bold red"))
         return Panel(Group(self._steps, table), title=self._title, border_style="cyan")
 
 

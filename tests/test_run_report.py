@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from eval.alarms import Alarms
 from eval.run_report import RunReport, duration, sparkline, trim_log
 
 VALUES = {
@@ -28,14 +29,31 @@ def make_report(tmp_path):
         settings = {
             "total_steps": 40,
             "first_step": 0,
-            "chance_loss": math.log(512),
             "track": lambda values, step: tracked.append((step, values)),
+            "alarms": Alarms(math.log(512), 511, 4000, settled_step=30),
             "console": Console(file=printed, force_terminal=is_terminal, width=100),
         }
         run = changes.pop("run", tmp_path)
         return RunReport(run, "a title", **{**settings, **changes}), printed, tracked
 
     return make
+
+
+HEALTH = {
+    "positive_similarity": 0.72,
+    "negative_similarity": 0.15,
+    "effective_rank": 47.3,
+    "highest_rank": 128,
+    "uniformity": -2.53,
+    "alignment": 0.56,
+    "positive_counts": [0] * 36 + [2, 4, 8, 4],
+    "negative_counts": [0] * 20 + [9, 9] + [0] * 18,
+    "key_age_steps": 4.5,
+    "oldest_key_steps": 8,
+    "queue_filled_share": 1.0,
+    "encoder_distance": 0.0123,
+    "false_negative_share": 0.098,
+}
 
 
 def logged(run):
@@ -68,6 +86,42 @@ def test_a_knn_score_has_a_line_of_its_own_and_stays_in_the_others(make_report):
     first, second = printed.getvalue().splitlines()
     assert first == "step 10: kNN top-1 12.50%"
     assert "kNN top-1 12.50%" in second
+
+
+def test_a_look_at_the_dictionary_has_a_line_of_its_own(make_report, tmp_path):
+    report, printed, tracked = make_report()
+    with report:
+        report.steps(10, VALUES)
+        report.health(10, HEALTH)
+    line = printed.getvalue().splitlines()[1]
+    assert line == (
+        "step 10: keys span 47.3 of 128 dimensions  uniformity -2.53  "
+        "own key 0.72                   ▄█  other keys 0.15           █           "
+        "age of keys 4.5 steps (oldest 8)  encoders apart 1.23%  false negatives 9.8%"
+    )
+    assert logged(tmp_path)[1] == {"step": 10, **HEALTH}
+    assert tracked[1] == (10, HEALTH)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_an_alarm_is_said_once_logged_and_stays_in_the_panel(make_report, tmp_path, is_terminal):
+    report, printed, tracked = make_report(is_terminal=is_terminal)
+    with report:
+        for step in (10, 20, 30, 31, 32, 33):
+            report.steps(step, VALUES)
+            report.health(step, {**HEALTH, "effective_rank": 1.0})
+    alarms = [line for line in logged(tmp_path) if "alarm" in line]
+    assert [(line["step"], line["alarm"]) for line in alarms] == [(32, "collapse")]
+    assert [value["alarm"] for _, value in tracked if "alarm" in value] == ["collapse"]
+    said = printed.getvalue().count("collapse: the embeddings")
+    assert said == 1 if not is_terminal else said >= 2
+
+
+def test_a_queue_longer_than_the_data_is_said_at_the_start(make_report):
+    report, printed, _ = make_report(alarms=Alarms(6.2, 511, samples=511, settled_step=0))
+    with report:
+        pass
+    assert "step 0: alarm: the queue of 511 keys is longer than the data" in printed.getvalue()
 
 
 def test_a_terminal_gets_one_panel_instead_of_lines(make_report):

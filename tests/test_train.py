@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 import train
+from eval.health_watch import HealthWatch
 from eval.judged import checkpoint_encoder
 from eval.run_config import RECIPES, parse_arguments
 from eval.weights_source import open_checkpoint
@@ -122,6 +123,9 @@ def algorithm_1(moco, queue_KD, pairs, config):
         yield loss.item(), queue_KD, dict(f_k.named_parameters())
 
 
+NO_LOOKS = HealthWatch(0, 1, 1)
+
+
 @pytest.fixture
 def tiny_run(tmp_path):
     """A ``train.Run`` without a loader.
@@ -142,7 +146,7 @@ def tiny_run(tmp_path):
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), **settings)
     accelerator = Accelerator()
     wrapped, optimizer = accelerator.prepare(moco, optimizer)
-    return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, None)
+    return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, None, NO_LOOKS)
 
 
 def pairs_of_views(steps):
@@ -492,6 +496,46 @@ def test_a_run_that_diverges_ends_with_one_line(shard_set, tmp_path):
     assert len(done.err.splitlines()) == 1
     assert "the run has diverged" in done.err
     assert "--optimiser.lr" in done.err
+
+
+# Health of the dictionary ------------------------------------------------------------------------
+
+
+def alarms_of(run):
+    lines = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return [line["alarm"] for line in lines if "alarm" in line]
+
+
+def test_a_run_logs_its_dictionary_on_reports_that_are_due(shard_set, tmp_path):
+    run = trained(tmp_path / "run", shard_set, "--steps", "7", "--log-every", "1",
+                  "--health-every", "2")  # fmt: skip
+    found = logged(run, "effective_rank", "key_age_steps", "oldest_key_steps", "encoder_distance",
+                   "negative_counts", "false_negative_share")  # fmt: skip
+    assert [(line[0], line[2], line[3]) for line in found] == [(2, 1, 1), (4, 1.8, 3), (6, 1.8, 3)]
+    assert [sum(line[5]) for line in found] == [8 * 8, 8 * 20, 8 * 20]  # queries x filled rows
+    for _, rank, _, _, distance, _, share in found:
+        assert 1 <= rank <= 16
+        assert distance > 0
+        assert 0.2 < share < 0.5  # three classes, as many pictures of each
+    assert alarms_of(run) == []
+
+
+def test_no_look_changes_what_is_trained(shard_set, tmp_path, six_steps):
+    run = trained(tmp_path / "run", shard_set, "--steps", "6", "--save-every", "3",
+                  "--health-every", "0")  # fmt: skip
+    assert_same_checkpoint(run, six_steps, 6)
+    assert not any("effective_rank" in line for line in (run / "run.jsonl").read_text().split())
+
+
+def test_a_far_too_high_learning_rate_raises_the_alarm(shard_set, tmp_path):
+    run = trained(tmp_path / "run", shard_set, "--steps", "40", "--optimiser.lr", "3",
+                  "--health-every", "1", "--log-every", "2", "--moco.queue", "16")  # fmt: skip
+    assert alarms_of(run)[0] == "collapse"
+
+
+def test_a_queue_longer_than_the_data_raises_the_alarm(shard_set, tmp_path):
+    run = trained(tmp_path / "run", shard_set, "--steps", "1", "--moco.queue", "64")
+    assert alarms_of(run) == ["long queue"]
 
 
 # Wrong input -------------------------------------------------------------------------------------
