@@ -50,7 +50,7 @@ class AblationConfig:
     """Of the results; new, or one to go on with."""
     seeds: int = 3
     """Runs of each cell."""
-    epochs: float = 12.0
+    epochs: float = 8.0
     """Passes over the pictures in each run."""
     batch: int = 128
     """Pictures in a step; an end-to-end dictionary is as long."""
@@ -60,6 +60,8 @@ class AblationConfig:
     """Lengths K of queue and memory bank."""
     momenta: tuple[float, ...] = (0.0, 0.9, 0.99, 0.999)
     """Of the key encoder, at the greatest length."""
+    threads: int = 0
+    """CPU threads of a run. 0: all cores; 1 where other programs use them too."""
     backbone: str = "test_resnet"
     """Name in timm."""
 
@@ -108,6 +110,7 @@ def command(config: AblationConfig, cell: Cell, seed: int) -> list[str]:
         "moco.queue": cell.length,
         "seed": seed,
         "data.shards": config.train,
+        "data.threads": config.threads,
         "knn-train": config.train,
         "knn-test": config.test,
         "knn-every": 10**9,  # after the last step only
@@ -198,7 +201,10 @@ def require_same_settings(config: AblationConfig) -> None:
         before = json.loads(path.read_text())
         for name in now:
             # More seeds and other cells may be asked for: the finished ones stay true.
-            if name not in ("seeds", "lengths", "momenta") and before.get(name) != now[name]:
+            if (
+                name not in ("seeds", "lengths", "momenta", "threads")
+                and before.get(name) != now[name]
+            ):
                 raise InputError(
                     f"{config.folder} holds runs with {name} {before.get(name)}, now it is "
                     f"{now[name]}: use the same, or another folder"
