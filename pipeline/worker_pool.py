@@ -4,13 +4,16 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_process
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from types import ModuleType
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -58,6 +61,20 @@ def advance(count: int) -> None:
             raise InterruptedError(errno.EINTR, "stopped")
 
 
+@contextmanager
+def _an_empty_program() -> Iterator[None]:
+    """Processes that start in here import what their job needs, not the whole program as well.
+
+    Each would else read its command line in a tenth of a second, and torch in seconds.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
 def run_jobs(
     work: Callable[[Job], Result],
     jobs: Sequence[Job],
@@ -82,9 +99,10 @@ def run_jobs(
         # Ctrl-C reaches every process of the terminal: blocked here, so that the workers, which
         # inherit it, never see one, and the program alone answers it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures: dict[Future[Result], int] = {
-            pool.submit(work, job): number for number, job in enumerate(jobs)
-        }
+        with _an_empty_program():
+            futures: dict[Future[Result], int] = {
+                pool.submit(work, job): number for number, job in enumerate(jobs)
+            }
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             waiting = set(futures)

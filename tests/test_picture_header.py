@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.picture_header import BadHeaderError, read_header
+from pipeline.picture_header import BadHeaderError, may_be_rotated, read_header
 
 KINDS = [
     ("JPEG", "RGB", {}, ("jpeg", 3, 8, False)),
@@ -214,3 +214,17 @@ def test_only_jpegs_of_the_simplest_process_are_called_baseline(draw_photo, enco
     headers = [read_header(picture) for picture in (data, *others, progressive)]
     assert [header.baseline for header in headers] == [True, False, False, False]
     assert not read_header(encode(draw_photo(1), "PNG")).baseline
+
+
+def test_a_jpeg_with_metadata_may_be_rotated(draw_photo, encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    profile = b"p" * 200_000  # three segments in front of the metadata
+    plain = encode(draw_photo(1), icc_profile=profile)
+    assert not may_be_rotated(plain)
+    assert may_be_rotated(encode(draw_photo(1), icc_profile=profile, exif=exif))
+    assert may_be_rotated(encode(draw_photo(1), xmp=xmp))
+    # What cannot be followed to the scan is looked at more closely.
+    assert all(may_be_rotated(plain[:end]) for end in (3, 20, 1000))
+    assert may_be_rotated(plain[:2] + b"junk" + plain[2:])

@@ -17,6 +17,7 @@ from pipeline.shard_format import (
     atomic_file,
     read_index,
     read_manifest,
+    tar_header,
     write_manifest,
     write_shard,
 )
@@ -271,3 +272,13 @@ def test_a_write_that_fails_names_its_file(tmp_path):
     with pytest.raises(OSError) as caught, atomic_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "ant/" + "b" * 90 + ".cls", "c" * 100, "d" * 60 + "/" + "e" * 60]
+)
+@pytest.mark.parametrize("size", [0, 7, 511, 99_999, 2**32 - 1])
+def test_a_tar_header_is_what_tarfile_writes(name, size):
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    assert tar_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
