@@ -68,9 +68,13 @@ def extract(
         advance(len(label_N))
     store.close()
     judged.network.train(was_training)
+    if not labels:
+        raise InputError(f"none of the {loader.skipped} pictures of {shards} could be used")
     all_label_N = torch.from_numpy(np.concatenate(labels)).to(device)
     if bool((all_label_N == NO_LABEL).any()):
-        raise InputError(f"{shards} has pictures without a label: pack it again from class folders")
+        raise InputError(
+            f"{shards} has pictures without a label: give sets whose pictures all have one"
+        )
     return LabelledFeatures(
         torch.cat(features),
         all_label_N,
@@ -89,7 +93,7 @@ def require_labels(store: ShardStore) -> None:
     if not store.manifest.classes:
         raise InputError(
             f"{store.folder} has no labels, so nothing can be judged with it: pack a folder with "
-            "one sub-folder for each class"
+            "one sub-folder for each class, or index tars that have a .cls or --label-key"
         )
 
 

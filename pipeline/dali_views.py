@@ -317,7 +317,7 @@ class DaliEngine:
         try:
             outputs = run(self._pipeline, self._device)
         except RuntimeError as error:
-            if "nvImageCodec" not in str(error) and "decoders" not in str(error):
+            if not is_decode_error(error):
                 raise
             self._in_flight.popleft()
             raise DecodeError(str(error)) from error
@@ -337,26 +337,37 @@ class DaliEngine:
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:
         """Which of the pictures cannot be decoded, and why; each is tried alone."""
-        problems = ((row, self._problem_with(picture)) for row, picture in enumerate(pictures))
-        return {row: problem for row, problem in problems if problem}
-
-    def _problem_with(self, picture: Bytes) -> str:
-        inputs = [[picture]]
-        pipeline = decode_graph(
-            source=lambda: inputs,
-            device=self._graph_arguments["device"],
-            **pipeline_arguments(1, 1, self._device, prefetch=1),
-        )
-        pipeline.build()
-        try:
-            pipeline.run()
-        except RuntimeError as error:
-            return first_reason(str(error))
-        return ""
+        return undecodable(pictures, self._device)
 
     def close(self) -> None:
         """Let go of the pipeline and with it of its threads and memory."""
         self._pipeline = None
+
+
+def is_decode_error(error: RuntimeError) -> bool:
+    """Whether a run failed because of a picture, so that the pipeline goes on with the next."""
+    return "nvImageCodec" in str(error) or "decoders" in str(error)
+
+
+def undecodable(pictures: Sequence[Bytes], device: torch.device) -> dict[int, str]:
+    """Which of the pictures cannot be decoded, and why; each is tried alone."""
+    problems = ((row, _problem_with(picture, device)) for row, picture in enumerate(pictures))
+    return {row: problem for row, problem in problems if problem}
+
+
+def _problem_with(picture: Bytes, device: torch.device) -> str:
+    inputs = [[picture]]
+    pipeline = decode_graph(
+        source=lambda: inputs,
+        device="gpu" if device.type == "cuda" else "cpu",
+        **pipeline_arguments(1, 1, device, prefetch=1),
+    )
+    pipeline.build()
+    try:
+        pipeline.run()
+    except RuntimeError as error:
+        return first_reason(str(error))
+    return ""
 
 
 def first_reason(message: str) -> str:

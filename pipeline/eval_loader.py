@@ -4,13 +4,15 @@ Letters in names: N pictures, H W pixels.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pipeline.header_check import checked_picture
@@ -68,8 +70,8 @@ class EncodedPictures:
 class EvalLoader:
     """Iterator of ``(views_N3HW float32, label_N int64)``; the last batch may be smaller.
 
-    Samples whose bytes or headers are damaged, and those too large to be decoded, are left out and
-    counted in ``skipped``.
+    Samples whose bytes or headers are damaged, and those that are too large to be decoded or cannot
+    be, are left out and counted in ``skipped``.
 
     Args:
         store: the shards.
@@ -120,54 +122,80 @@ class EvalLoader:
         if pictures:
             yield EncodedPictures(pictures, np.array(rows, dtype=np.int64))
 
-    def _undecodable(self, reason: str) -> InputError:
-        return InputError(
-            f"{self._store.folder} has a picture that cannot be decoded ({reason}): pack it again "
-            "with make_shards"
-        )
-
     def _with_torchvision(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         view = self._view
         for batch in self._encoded():
-            try:
-                decoded = [decode(picture) for picture in batch.pictures]
-            except DecodeError as error:
-                raise self._undecodable(str(error)) from error
+            decoded: dict[int, Image.Image] = {}
+            for row, picture in enumerate(batch.pictures):
+                with suppress(DecodeError):
+                    decoded[row] = decode(picture)
+            self.skipped += len(batch.pictures) - len(decoded)
+            if not decoded:
+                continue
             shown = [
                 eval_picture(picture, view.resize_px, view.crop_px, view.interpolation)
-                for picture in decoded
+                for picture in decoded.values()
             ]
-            yield normalise(shown, view.mean, view.std).to(self._device), batch.label_N
+            views_N3HW = normalise(shown, view.mean, view.std).to(self._device)
+            yield views_N3HW, batch.label_N[list(decoded)]
 
     def _with_dali(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         batches = self._encoded()
-        view = self._view
         # Inputs are not copied, so they must live until their batch has left the pipeline.
-        in_flight: deque[tuple[list[Any], NDArray[np.int64]]] = deque()
+        in_flight: deque[tuple[list[Any], EncodedPictures]] = deque()
 
         def feed() -> list[Any]:
             batch = next(batches)  # StopIteration is how DALI learns of the end
-            inputs = dali_views.eval_inputs(
-                batch.pictures, batch.size_px_N2, view.resize_px, view.crop_px
-            )
-            in_flight.append((inputs, batch.label_N))
-            return inputs
+            in_flight.append((self._inputs(batch), batch))
+            return in_flight[-1][0]
 
-        pipeline = dali_views.eval_graph(
-            source=feed,
-            crop_px=view.crop_px,
-            interpolation=view.interpolation,
-            normalisation=(view.mean, view.std),
-            device="gpu" if self._device.type == "cuda" else "cpu",
-            **dali_views.pipeline_arguments(self._batch, self._threads, self._device),
-        )
-        pipeline.build()
+        pipeline = self._pipeline(feed, dali_views.PREFETCH_BATCHES)
         while True:
             try:
                 (views_N3HW,) = dali_views.run(pipeline, self._device)
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise self._undecodable(dali_views.first_reason(str(error))) from error
-            _, label_N = in_flight.popleft()
-            yield views_N3HW, label_N
+                if not dali_views.is_decode_error(error):
+                    raise
+                _, batch = in_flight.popleft()
+                batch = self._decodable(batch, error)
+                if batch.pictures:
+                    yield self._once(batch), batch.label_N
+            else:
+                _, batch = in_flight.popleft()
+                yield views_N3HW, batch.label_N
+
+    def _once(self, batch: EncodedPictures) -> Tensor:
+        """The views of a batch outside the stream."""
+        inputs = self._inputs(batch)
+        (views_N3HW,) = dali_views.run(self._pipeline(lambda: inputs, 1), self._device)
+        return views_N3HW
+
+    def _inputs(self, batch: EncodedPictures) -> list[Any]:
+        view = self._view
+        return dali_views.eval_inputs(
+            batch.pictures, batch.size_px_N2, view.resize_px, view.crop_px
+        )
+
+    def _pipeline(self, source: Callable[[], list[Any]], prefetch: int) -> Any:
+        view = self._view
+        pipeline = dali_views.eval_graph(
+            source=source,
+            crop_px=view.crop_px,
+            interpolation=view.interpolation,
+            normalisation=(view.mean, view.std),
+            device="gpu" if self._device.type == "cuda" else "cpu",
+            **dali_views.pipeline_arguments(self._batch, self._threads, self._device, prefetch),
+        )
+        pipeline.build()
+        return pipeline
+
+    def _decodable(self, batch: EncodedPictures, error: RuntimeError) -> EncodedPictures:
+        """What is left of a batch that failed."""
+        problems = dali_views.undecodable(batch.pictures, self._device)
+        if not problems:
+            raise RuntimeError("a batch failed, yet each of its pictures decodes alone") from error
+        self.skipped += len(problems)
+        rows = [row for row in range(len(batch.pictures)) if row not in problems]
+        return EncodedPictures([batch.pictures[row] for row in rows], batch.rows_N3[rows])

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from pipeline.picture_header import BadHeaderError, PictureHeader, read_header
+from pipeline.header_check import judge_header
+from pipeline.picture_header import PictureHeader
 from pipeline.shard_format import (
     BLOCK_BYTES,
     INDEX_RECORD,
@@ -30,7 +31,7 @@ from pipeline.shard_format import (
 )
 from pipeline.sources import PICTURE_SUFFIXES
 from pipeline.tar_members import Member, TarMembers, split_name
-from pipeline.validate import Limits, RefusedError, check_size
+from pipeline.validate import FORMATS, Limits
 from pipeline.worker_pool import advance
 
 PIECE_BYTES = 1 << 20
@@ -181,18 +182,13 @@ class ShardIndexer:
             self.unusual.append((member.name, f"too many bytes: {member.size}", False))
             return
         data = reader.at(member.start, member.size)
+        header, problem = judge_header(data, self._limits)
+        kind = header.format if header else "unknown"
         width = height = 0
-        problem, kind = "", "unknown"
-        try:
-            header = read_header(data)
-            kind = header.format
-            check_size(header.width, header.height, self._limits)
-            if max(header.width, header.height) <= INDEX_SIDE_LIMIT_PX:
-                width, height = header.width, header.height
-            if self._rules.decode:
-                decode_whole(data, header)
-        except (BadHeaderError, RefusedError) as error:
-            problem = str(error)
+        if header and not problem and max(header.width, header.height) <= INDEX_SIDE_LIMIT_PX:
+            width, height = header.width, header.height
+        if header and not problem and self._rules.decode:
+            problem = decode_problem(data, header)
         is_sample = kind not in UNDECODABLE and not (problem and self._rules.decode)
         problem = UNDECODABLE.get(kind, problem)
         if problem:
@@ -265,22 +261,19 @@ def parse_label(data: bytes, key: str | None) -> str | None:
     return str(label)
 
 
-def decode_whole(data: bytes, header: PictureHeader) -> None:
-    """Decode a picture whose header was checked.
-
-    Raises:
-        RefusedError: if it cannot be decoded to RGB.
-    """
+def decode_problem(data: bytes, header: PictureHeader) -> str:
+    """Why a picture cannot be decoded to RGB, "" where it can; its header was checked."""
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of sizes for which there are limits of our own.
         warnings.simplefilter("ignore")
         Image.MAX_IMAGE_PIXELS = None
         try:
-            Image.open(io.BytesIO(data), formats=(header.format.upper(),)).convert("RGB")
+            Image.open(io.BytesIO(data), formats=FORMATS[header.format]).convert("RGB")
         except MemoryError:
-            raise RefusedError("decoding needs more memory than there is") from None
+            return "cannot be decoded: needs more memory than there is"
         except Exception as error:  # Pillow's decoders raise a dozen kinds for broken input
-            raise RefusedError(f"cannot be decoded: {error}") from error
+            return f"cannot be decoded: {error}"
+    return ""
 
 
 def index_shard(job: IndexJob) -> IndexedShard:

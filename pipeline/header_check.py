@@ -9,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.picture_header import EMPTY, UNKNOWN, BadHeaderError, read_header
+from pipeline.picture_header import (
+    EMPTY,
+    UNKNOWN,
+    BadHeaderError,
+    Buffer,
+    PictureHeader,
+    read_header,
+)
 from pipeline.shard_store import BadSampleError, ShardStore
 from pipeline.validate import Limits, RefusedError, check_bytes, check_scans, check_size
 
@@ -44,15 +51,12 @@ def checked_picture(store: ShardStore, shard: int, index: int, limits: Limits) -
     record = store.records(shard)[index]
     try:
         check_bytes(int(record["size"]), limits)
-        picture = store.picture(shard, index)
-        header = read_header(picture)
-        check_size(header.width, header.height, limits)
-        check_scans(header, picture)
     except RefusedError as error:
         raise BadSampleError(str(error)) from error
-    except BadHeaderError as error:
-        kind = "" if str(error) in (EMPTY, UNKNOWN) else "damaged header: "
-        raise BadSampleError(f"{kind}{error}") from error
+    picture = store.picture(shard, index)
+    header, problem = judge_header(picture, limits)
+    if header is None or problem:
+        raise BadSampleError(problem)
     width, height = int(record["width"]), int(record["height"])
     if width and height and (width, height) != (header.width, header.height):
         raise BadSampleError(
@@ -60,3 +64,23 @@ def checked_picture(store: ShardStore, shard: int, index: int, limits: Limits) -
             f"its index {width}x{height}"
         )
     return CheckedPicture(picture, header.width, header.height)
+
+
+def judge_header(picture: Buffer, limits: Limits) -> tuple[PictureHeader | None, str]:
+    """The header, if it can be read, and why the picture may not be decoded ("" where it may).
+
+    Args:
+        picture: encoded bytes.
+        limits: of pixels and sides.
+    """
+    try:
+        header = read_header(picture)
+    except BadHeaderError as error:
+        kind = "" if str(error) in (EMPTY, UNKNOWN) else "damaged header: "
+        return None, f"{kind}{error}"
+    try:
+        check_size(header.width, header.height, limits)
+        check_scans(header, picture)
+    except RefusedError as error:
+        return header, str(error)
+    return header, ""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.transcode import as_8_bit
 from pipeline.validate import FORMATS
 from pipeline.view_recipe import BRIGHTNESS, CONTRAST, SATURATION, ViewParameters, ViewRequest
 
@@ -39,7 +40,10 @@ def decode(picture: Bytes) -> Image.Image:
     """
     Image.MAX_IMAGE_PIXELS = None  # the loaders have a limit of their own, which a user may set
     try:
-        return Image.open(io.BytesIO(picture.data), formats=PILLOW_FORMATS).convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(picture.data), formats=PILLOW_FORMATS)
+        if image.mode.startswith("I;16"):  # Pillow would cut at 255 what DALI scales
+            image, _ = as_8_bit(image)
+        return image.convert("RGB")
     except UnidentifiedImageError:  # its message has an address in memory
         raise DecodeError("not a picture in a known format") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds for broken input

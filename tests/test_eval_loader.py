@@ -121,11 +121,22 @@ def test_a_header_that_lies_or_is_none_is_left_out_and_counted(
     assert sum(len(views) for views, _ in loader) == 7 and loader.skipped == 2
 
 
-def test_a_picture_that_cannot_be_decoded_is_an_input_error(pack_set, clean_pictures, tmp_path):
-    pictures = [*clean_pictures[:5], clean_pictures[5][:900], *clean_pictures[6:9]]
-    folder = pack_set(tmp_path / "garbage", pictures, (9,))
-    with pytest.raises(InputError, match=r"garbage has a picture that cannot be decoded \(.+\)"):
-        list(loader_of(folder, batch=3))
+@pytest.mark.parametrize("batch", [3, 9, 1])
+def test_pictures_that_cannot_be_decoded_are_left_out_and_counted(
+    pack_set, clean_pictures, tmp_path, batch
+):
+    cut = {3: clean_pictures[3][:900], 5: clean_pictures[5][:900]}
+    pictures = [cut.get(number, picture) for number, picture in enumerate(clean_pictures[:9])]
+    loader = loader_of(pack_set(tmp_path / "garbage", pictures, (9,)), batch=batch)
+    found = list(loader)
+    assert np.concatenate([labels for _, labels in found]).tolist() == [
+        n % 3 for n in range(9) if n not in cut
+    ]
+    assert loader.skipped == 2
+    sound = pack_set(tmp_path / "sound", clean_pictures[:9], (9,))
+    ((whole, _),) = loader_of(sound, batch=9)
+    rows = [n for n in range(9) if n not in cut]
+    assert torch.equal(torch.cat([views for views, _ in found]), whole[rows])
 
 
 def test_a_crop_larger_than_the_resized_picture_is_an_input_error():
