@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
@@ -18,6 +19,8 @@ from pipeline.shard_format import Sample, read_index, write_manifest, write_shar
 # A busy machine is no reason to fail: hypothesis would else stop examples above 0.2 s.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+# Tensors here are small: more threads only wait for each other, for minutes on a busy machine.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 

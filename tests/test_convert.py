@@ -18,7 +18,7 @@ from torch import nn
 
 from eval.weights_source import Choice, open_weights
 from model.checkpoint import save_checkpoint
-from model.encoder import Encoder, EncoderConfig, make_backbone
+from model.encoder import EncoderConfig, make_backbone
 from model.export import detectron2_content, detectron2_name, timm_arguments, torchvision_state
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
@@ -84,9 +84,7 @@ def run(tmp_path_factory):
     network = EncoderConfig(backbone="vit_tiny_patch16_224", heads=12, dim=8)
     data = DataConfig(image_px=64, eval_resize_px=72, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.moco.Encoder", lambda c, g: Encoder(c, g, image_px=64))
-        moco = MoCo(network, MoCoConfig(batch_norm_groups=4), global_batch=16, seed=0)
+    moco = MoCo(network, MoCoConfig(batch_norm_groups=4), global_batch=16, seed=0, image_px=64)
     moco.encoder_k.backbone.norm.bias.data.fill_(0.5)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1)
     config = {"encoder": network, "data": data, "moco": MoCoConfig(), "optimiser": DataConfig()}

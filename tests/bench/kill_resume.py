@@ -67,7 +67,7 @@ def contents(run: Path, steps: int) -> dict[str, object]:
         **{path.name: file_sha256(path) for path in folder.glob("*.safetensors")},
         "queue_place": state["queue_place"],
         "optimiser": state["optimiser"],
-        "losses": [(line["step"], line["loss"]) for line in lines],
+        "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
         **{path.name: path.read_text() for path in run.glob(LOG_NAMES)},
     }
 
