@@ -2,7 +2,8 @@
 
     accelerate launch train.py RECIPE --data.shards SHARDS --output RUN
 
-RECIPE is one of moco-v1, moco-v2, cifar10, demo; every number of it is a flag. The same command
+RECIPE is one of moco-v1, moco-v2, moco-v3-100, moco-v3-300, moco-v3-1000, moco-v3-vit-s,
+moco-v3-vit-b, cifar10, demo; every number of it is a flag. The same command
 with --resume goes on after an interruption. Results per recipe: README.md.
 
 Letters in names: N images on this process, D embedding size, H W pixels.
@@ -320,6 +321,7 @@ def introduce(
     order, moco = loader.order, config.moco
     world = accelerator.num_processes
     groups = groups_per_process(moco, config.batch, world) * world
+    groups = 1 if moco.batch_norm == "sync" else groups
     yield (
         f"{config.recipe}: {config.encoder.backbone}, {order.samples:,} pictures, {total_steps:,} "
         f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
@@ -359,6 +361,8 @@ def check(config: TrainConfig) -> str:
     order = make_order(store, config.data, config.batch, config.seed)
     order.batch(0, 0, world)
     length_in_steps(config, order)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
     if config.data.eval_resize_px < config.data.image_px:
         raise InputError(
             f"--data.eval-resize-px {config.data.eval_resize_px} is smaller than the views of "

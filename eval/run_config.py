@@ -108,7 +108,58 @@ class TrainConfig:
 
 # Sources: v1 https://arxiv.org/abs/1911.05722 sections 3.3 and 4, and the defaults of the official
 # main_moco.py; v2 https://arxiv.org/abs/2003.04297 and the flags --mlp --moco-t 0.2 --aug-plus
-# --cos; cifar10 the authors' CIFAR-10 notebook (asymmetric form).
+# --cos; v3 https://arxiv.org/abs/2104.02057 and the commands of its official CONFIG.md; cifar10 the
+# authors' CIFAR-10 notebook (asymmetric form).
+def _v3_resnet(epochs: int, *, lr: float, weight_decay: float, momentum: float) -> TrainConfig:
+    """MoCo v3 on a ResNet-50; its settings change with the length."""
+    return TrainConfig(
+        recipe=f"moco-v3-{epochs}",
+        data=DataConfig(views="moco-v3"),
+        encoder=EncoderConfig(backbone="resnet50", head="v3", dim=256, zero_init_residual=True),
+        moco=_v3_moco(momentum=momentum, temperature=1.0),
+        optimiser=OptimiserConfig(
+            name="lars",
+            lr=lr,
+            lr_batch=256,
+            weight_decay=weight_decay,
+            every="step",
+            warmup_epochs=10,
+        ),
+        batch=4096,
+        epochs=epochs,
+        precision="fp16",
+    )
+
+
+def _v3_vit(name: str, backbone: str) -> TrainConfig:
+    """MoCo v3 on a ViT of 12 heads with frozen patch projection, 300 epochs."""
+    return TrainConfig(
+        recipe=name,
+        data=DataConfig(views="moco-v3-vit"),
+        encoder=EncoderConfig(backbone=backbone, heads=12, head="v3", dim=256),
+        moco=_v3_moco(momentum=0.99, temperature=0.2),
+        optimiser=OptimiserConfig(
+            name="adamw", lr=1.5e-4, lr_batch=256, weight_decay=0.1, every="step", warmup_epochs=40
+        ),
+        batch=4096,
+        epochs=300,
+        precision="fp16",
+    )
+
+
+def _v3_moco(*, momentum: float, temperature: float) -> MoCoConfig:
+    return MoCoConfig(
+        mechanism="batch",
+        momentum=momentum,
+        momentum_schedule="cosine",
+        temperature=temperature,
+        symmetric=True,
+        predictor=True,
+        loss_2t=True,
+        batch_norm="sync",
+    )
+
+
 RECIPES = {
     "moco-v1": TrainConfig(
         recipe="moco-v1",
@@ -128,6 +179,11 @@ RECIPES = {
         batch=256,
         epochs=200,
     ),
+    "moco-v3-100": _v3_resnet(100, lr=0.6, weight_decay=1e-6, momentum=0.99),
+    "moco-v3-300": _v3_resnet(300, lr=0.3, weight_decay=1e-6, momentum=0.99),
+    "moco-v3-1000": _v3_resnet(1000, lr=0.3, weight_decay=1.5e-6, momentum=0.996),
+    "moco-v3-vit-s": _v3_vit("moco-v3-vit-s", "vit_small_patch16_224"),
+    "moco-v3-vit-b": _v3_vit("moco-v3-vit-b", "vit_base_patch16_224"),
     "cifar10": TrainConfig(
         recipe="cifar10",
         data=DataConfig(

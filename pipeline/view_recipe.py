@@ -53,7 +53,7 @@ class ViewRecipe:
     flip_probability: float = 0.5
 
 
-PairName = Literal["moco-v1", "moco-v2", "moco-v3", "cifar10", "marks"]
+PairName = Literal["moco-v1", "moco-v2", "moco-v3", "moco-v3-vit", "cifar10", "marks"]
 
 _V2 = ViewRecipe(
     crop_area=(0.2, 1.0),
@@ -75,6 +75,7 @@ _V3 = {
     "jitter": (0.4, 0.4, 0.2, 0.1),
     "grey_probability": 0.2,
 }
+_V3_VIT = _V3 | {"crop_area": (0.08, 1.0)}  # the official default; ResNets: --crop-min=.2
 _CIFAR = ViewRecipe(
     crop_area=(0.08, 1.0),
     jitter_probability=0.8,
@@ -101,6 +102,10 @@ PAIRS: dict[PairName, tuple[ViewRecipe, ViewRecipe]] = {
     "moco-v3": (
         ViewRecipe(**_V3, blur_probability=1.0),  # type: ignore[arg-type]
         ViewRecipe(**_V3, blur_probability=0.1, solarise_probability=0.2),  # type: ignore[arg-type]
+    ),
+    "moco-v3-vit": (
+        ViewRecipe(**_V3_VIT, blur_probability=1.0),  # type: ignore[arg-type]
+        ViewRecipe(**_V3_VIT, blur_probability=0.1, solarise_probability=0.2),  # type: ignore[arg-type]
     ),
     "cifar10": (_CIFAR, _CIFAR),
     "marks": (_MARKS, _MARKS),
