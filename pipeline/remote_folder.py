@@ -8,8 +8,10 @@ import hashlib
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -91,14 +93,45 @@ class RemoteFolder:
             options["default_headers"] = {"authorization": f"Bearer {token}"}
         retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=policy.request_s)}
         self._store = from_url(address, client_options=options, retry_config=retry)  # type: ignore[call-overload]
-        self._pool = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="parts")
+        self._turn = threading.Condition()
+        self._asked: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()
 
     def close(self) -> None:
         """Give up what is being fetched."""
         self._stopping.set()
-        # Without cancel_futures: it drops them from the queue unnoticed, and who waits for one
-        # waits for ever. They end at once by themselves.
-        self._pool.shutdown(wait=False)
+        with self._turn:
+            self._turn.notify_all()
+
+    @contextmanager
+    def asking(self, name: str) -> Iterator[None]:
+        """While somebody waits for a file: as soon as it is being fetched, other files pause."""
+        with self._listed(self._asked, name):
+            yield
+
+    @contextmanager
+    def _listed(self, names: Counter[str], name: str) -> Iterator[None]:
+        with self._turn:
+            names[name] += 1
+            self._turn.notify_all()
+        try:
+            yield
+        finally:
+            with self._turn:
+                names[name] -= 1
+                if not names[name]:
+                    del names[name]
+                self._turn.notify_all()
+
+    def _wait_for_turn(self, name: str) -> None:
+        """Let a file pass that somebody waits for; not one that waits for room itself."""
+
+        def is_free() -> bool:
+            is_first = name in self._asked or not self._asked.keys() & self._running.keys()
+            return is_first or self._stopping.is_set()
+
+        with self._turn:
+            self._turn.wait_for(is_free)
 
     def read(self, name: str) -> bytes:
         """A small file.
@@ -129,32 +162,34 @@ class RemoteFolder:
         """
         # Each part has insisted already; a file that changed or is damaged gets three tries.
         once = partial(self._download_once, name, size, sha256, handle)
-        self._insist(name, once, attempts=min(3, self._policy.attempts))
+        with self._listed(self._running, name):
+            self._insist(name, once, attempts=min(3, self._policy.attempts))
 
     def _download_once(self, name: str, size: int, sha256: str, handle: int) -> None:
         versions: set[tuple[Any, ...]] = set()
 
         def fetch_part(start: int) -> None:
             end = min(start + PART_BYTES, size)
+            self._wait_for_turn(name)
             self._insist(name, lambda: self._part_once(name, (start, end, size), handle, versions))
 
-        parts: list[Future[None]] = []
-        try:
-            parts.extend(
-                self._pool.submit(fetch_part, start) for start in range(0, size, PART_BYTES)
-            )
-            wait(parts, return_when=FIRST_EXCEPTION)
-            for part in parts:
-                if part.done():
-                    part.result()
-        except _ChangedError as error:  # all parts are fetched anew
-            raise RemoteError(str(error)) from error
-        except RuntimeError as error:  # the pool is shut down
-            raise RefusedError("closed") from error
-        finally:  # nobody may write into the file any more when this returns
-            for part in parts:
-                part.cancel()
-            wait(parts)
+        # Threads of its own: in a common pool a file that is needed now would stand behind those
+        # that are fetched ahead. At the end nobody writes into the file any more.
+        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="parts") as pool:
+            parts: list[Future[None]] = []
+            try:
+                parts.extend(pool.submit(fetch_part, start) for start in range(0, size, PART_BYTES))
+                wait(parts, return_when=FIRST_EXCEPTION)
+                for part in parts:
+                    if part.done():
+                        part.result()
+            except _ChangedError as error:  # all parts are fetched anew
+                raise RemoteError(str(error)) from error
+            except RuntimeError as error:  # no threads any more: the interpreter is at its end
+                raise RefusedError("closed") from error
+            finally:
+                for part in parts:
+                    part.cancel()
         if sha256 and _sha256(handle, size) != sha256:
             raise RemoteError(f"{self.url}/{name}: its sha256 is not that of the manifest")
 

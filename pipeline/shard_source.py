@@ -137,7 +137,8 @@ class RemoteSource:
             self._folder.download(name, size, info.index_sha256, handle)
 
         key = self._key(name, info.index_sha256, size)
-        return self._timed_fetch(key, size, download, (0, size))
+        with self._folder.asking(name):
+            return self._timed_fetch(key, size, download, (0, size))
 
     def tar(self, info: ShardInfo) -> Tar:
         """The tar of a shard; nothing is fetched yet."""
@@ -157,7 +158,8 @@ class RemoteSource:
         def download(handle: int) -> None:
             self._folder.download(info.name, info.bytes, info.sha256, handle)
 
-        return self._timed_fetch(key, info.bytes, download, (start, size))
+        with self._folder.asking(info.name):
+            return self._timed_fetch(key, info.bytes, download, (start, size))
 
     def fitting(self, shards: Iterable[ShardInfo]) -> list[ShardInfo]:
         """The first of ``shards`` that fit into this process's share of the cache together."""

@@ -197,6 +197,60 @@ def test_a_server_that_stays_away_makes_bad_samples_soon_and_what_is_here_goes_o
         assert store.picture(0, 5).tobytes() == noise(5)
 
 
+def test_while_a_server_is_away_each_further_file_is_asked_for_once(proxy, tmp_path):
+    with opened(tmp_path) as store:
+        requests = []
+        for shard in (1, 2, 3):
+            proxy.fault = lambda *_: ("status", 503)
+            before = len(proxy.requests)
+            with pytest.raises(BadSampleError, match="503"):
+                store.picture(shard, 0)
+            requests.append(len(proxy.requests) - before)
+        assert requests == [QUICK.attempts, 1, 1]
+        # One answer, and everything is insisted on again.
+        proxy.fault = lambda *_: None
+        assert store.picture(4, 0).tobytes() == noise(40)
+        first = len(proxy.requests)
+        proxy.fault = lambda number, _: ("status", 503) if number == first else None
+        assert store.picture(5, 0).tobytes() == noise(50)
+
+
+def fetched_from(proxy, first):
+    """The tars of the requests from number ``first``, in order."""
+    return [path.rpartition("-")[2] for path, _ in proxy.requests[first:] if path.endswith(".tar")]
+
+
+def finished(cache):
+    """The tars in a cache."""
+    return [p for p in cache.iterdir() if p.suffix != ".part" and p.stat().st_size > 100_000]
+
+
+def wait_until(is_so, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert is_so()
+
+
+@pytest.mark.parametrize("needed", [11, 1])  # one that nobody fetches yet, one on its way
+def test_a_shard_that_is_needed_now_passes_those_that_are_fetched_ahead(
+    proxy, tmp_path, monkeypatch, needed
+):
+    monkeypatch.setattr(remote_folder, "PART_BYTES", 4_000)  # about fifty parts
+    proxy.fault = lambda _, path: ("slow", 0.03) if path.endswith(".tar") else None
+    with opened(tmp_path) as store:
+        store.records(needed)
+        store.prefetch([0, 1, 2, 3])
+        wait_until(lambda: len(fetched_from(proxy, 0)) > 20)
+        first = len(proxy.requests)
+        assert store.picture(needed, 5).tobytes() == noise(needed * EACH + 5)
+        tars = fetched_from(proxy, first)
+        own = [place for place, name in enumerate(tars) if name == f"{needed:06d}.tar"]
+        # At most the parts that were on their way when it was asked for.
+        assert len(own) > 20 and own[-1] - len(own) < 2 * remote_folder.PARTS_AT_ONCE
+        wait_until(lambda: len(finished(tmp_path)) == len({0, 1, 2, 3, needed}))
+
+
 @pytest.mark.usefixtures("proxy")
 def test_the_cache_stays_below_its_limit_while_threads_and_prefetches_fight_for_it(
     tmp_path,
