@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.weights_source import Choice, eval_view_of, open_weights, starting_weights
+from eval.weights_source import HUB_WEIGHTS, Choice, eval_view_of, open_weights, starting_weights
 from model.checkpoint import Checkpoint, file_sha256
 from model.encoder import Encoder, EncoderConfig, make_backbone
 from model.weights import put_into
@@ -94,7 +94,7 @@ def foreign_encoder(path: Path, choice: Choice, warn: Callable[[str], None]) -> 
     put_into(backbone, weights)
     about = {
         "weights": str(path),
-        "weights_sha256": file_sha256(path),
+        "weights_sha256": file_sha256(path / HUB_WEIGHTS if path.is_dir() else path),
         "backbone": weights.network.backbone,
         "encoder": weights.about,
         **weights.facts,

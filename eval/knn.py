@@ -89,7 +89,7 @@ class KnnConfig:
     timm: str | None = None
     """Judge this timm network with random weights; with --weights, the network they are for."""
     weights: Path | None = None
-    """Judge the backbone in a checkpoint file of another project; README.md lists them."""
+    """Judge the backbone in another project's checkpoint file, or in a folder as from the hub."""
     pixels: bool = False
     """Judge the pixels of the evaluation view, without an encoder."""
     untrained: bool = False

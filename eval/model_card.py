@@ -109,6 +109,6 @@ def _result(score: dict[str, Any]) -> EvalResult:
         dataset_type=identity,
         dataset_name=f"test set {identity[:12]}",
         metric_type="accuracy",
-        metric_value=score["top1"],
+        metric_value=round(score["top1"], 4),
         metric_name=f"top-1, {protocol['rule']}",
     )

@@ -3,21 +3,25 @@
 Letters in names: N images, H W pixels.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint import FOLDER_PATTERN, Checkpoint, load_checkpoint, newest_checkpoint
 from model.encoder import Encoder, EncoderConfig
 from model.moco import QueryEncoder
-from model.weights import Origin, Weights, Which, fit, put_into, read_weights
+from model.weights import Origin, Weights, Which, fit, named, put_into, read_weights
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.eval_loader import EvalView, Interpolation
 from pipeline.program import InputError
 from pipeline.settings import from_plain
 
 BACKBONE = "backbone."
+CHANNELS = 3
+HUB_CONFIG = "config.json"
+HUB_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +73,18 @@ def open_checkpoint(path: Path, warn: Callable[[str], None]) -> Checkpoint:
 
 
 def open_weights(path: Path, choice: Choice, warn: Callable[[str], None]) -> Source:
-    """The backbone in a checkpoint file, a run of ours or one of its checkpoints.
+    """The backbone in a checkpoint file, a run of ours, one of its checkpoints, or a hub folder.
 
     Args:
-        path: a file, or the folder of a run or checkpoint.
+        path: a file, or the folder of a run, of a checkpoint or as from the hub.
         choice: which encoder, and what the file does not tell.
         warn: told of checkpoints that had to be passed over.
 
     Raises:
         InputError, WeightsError, CheckpointError, EncoderError: if there is no whole backbone.
     """
+    if path.is_dir() and (path / HUB_WEIGHTS).is_file():
+        return _of_hub(path, choice)
     if path.is_dir():
         return _of_run(open_checkpoint(path, warn), choice)
     weights = read_weights(
@@ -88,14 +94,17 @@ def open_weights(path: Path, choice: Choice, warn: Callable[[str], None]) -> Sou
         network=choice.network,
         heads=choice.heads,
     )
-    view = EvalView(
+    return Source(weights, _view_for(weights, choice), {})
+
+
+def _view_for(weights: Weights, choice: Choice) -> EvalView:
+    return EvalView(
         resize_px=weights.image_px * 8 // 7,  # 256 for 224
         crop_px=weights.image_px,
         interpolation=choice.interpolation,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return Source(weights, view, {})
 
 
 def _of_run(found: Checkpoint, choice: Choice) -> Source:
@@ -113,10 +122,32 @@ def _of_run(found: Checkpoint, choice: Choice) -> Source:
         fit(tensors, network, data.image_px, f"{found.folder} ({which})"),
         network,
         data.image_px,
-        f"mocostream run, {choice.encoder} encoder after {found.step} steps, {network.backbone}",
+        f"mocostream run, {choice.encoder} encoder after {found.step} steps, {named(network)}",
         {"step": found.step, "recipe": config["recipe"]},
     )
     return Source(weights, eval_view_of(data, choice.interpolation), dict(found.state))
+
+
+def _of_hub(folder: Path, choice: Choice) -> Source:
+    config = _hub_settings(folder / HUB_CONFIG)
+    weights = read_weights(
+        folder / HUB_WEIGHTS,
+        encoder=choice.encoder,
+        network=choice.network,
+        heads=choice.heads or config.get("model_args", {}).get("num_heads"),
+    )
+    mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("mean", "std"))
+    return Source(weights, replace(_view_for(weights, choice), mean=mean, std=std), {})
+
+
+def _hub_settings(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        if all(len(config["pretrained_cfg"][name]) == CHANNELS for name in ("mean", "std")):
+            return config
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is no config.json of timm: give a folder that timm can load")
 
 
 def starting_weights(network: EncoderConfig, image_px: int) -> Weights | None:

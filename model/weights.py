@@ -160,7 +160,7 @@ def read_weights(
         )
     config = replace(config, heads=heads)
     image_px = image_px_of(backbone)
-    label = f"{found.title}, {encoder if found.key else 'only'} encoder, {config.backbone}"
+    label = f"{found.title}, {encoder if found.key else 'only'} encoder, {named(config)}"
     return Weights(
         fit(backbone, config, image_px, f"{path} ({label})"),
         config,
@@ -362,6 +362,15 @@ def fit(
             f"{what} is not a whole {config.backbone} of {len(wanted)} tensors; {found}"
         )
     return {name: tensors[name] for name in wanted}
+
+
+def named(config: EncoderConfig) -> str:
+    """A network in words, with what differs from the one of its name."""
+    parts = [config.backbone]
+    parts += [f"{config.width} times as wide"] * (config.width > 1)
+    parts += [f"of {'-'.join(map(str, config.layers))} blocks"] if config.layers else []
+    parts += [f"with a {config.stem} stem"] * (config.stem != "imagenet")
+    return " ".join(parts)
 
 
 def put_into(backbone: nn.Module, weights: Weights) -> None:

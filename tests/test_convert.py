@@ -16,6 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
+from eval.judged import foreign_encoder
 from eval.weights_source import Choice, open_weights
 from model.checkpoint import save_checkpoint
 from model.encoder import EncoderConfig, make_backbone
@@ -26,6 +27,7 @@ from model.network_shape import WeightsError
 from model.run_state import RunState
 from model.weights import Weights, put_into, read_weights
 from pipeline.data_config import DataConfig
+from pipeline.program import InputError
 from pipeline.settings import to_plain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,17 @@ def test_a_resnet_50_for_detectron2_has_318_arrays_that_lead_back(official, resn
     network.load_state_dict({from_detectron2(n): torch.tensor(a) for n, a in
                              content["model"].items()})  # fmt: skip
     assert_same_features(network, resnet50)
+
+
+def test_a_hub_folder_is_read_again_with_its_heads_and_pixel_statistics(run, tmp_path):
+    folder, moco = run
+    converted(folder, tmp_path / "hub", "--to", "hub")
+    judged = foreign_encoder(tmp_path / "hub", Choice(), pytest.fail)
+    assert_same_features(judged.network, moco.encoder_q.backbone)
+    assert (judged.view.mean, judged.view.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (tmp_path / "hub" / "config.json").write_text('{"architecture": "vit"}')
+    with pytest.raises(InputError, match=r"hub/config\.json is no config\.json of timm"):
+        open_weights(tmp_path / "hub", Choice(), pytest.fail)
 
 
 @pytest.mark.parametrize(

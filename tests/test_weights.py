@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.encoder import EncoderConfig, make_backbone
 from model.network_shape import WeightsError, network_of
+from model.weights import named as named_network
 from model.weights import put_into, read_weights
 
 PICTURES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -290,6 +291,13 @@ def test_a_small_stem_is_seen_and_solo_learns_padding_is_mentioned(tmp_path):
 def test_the_shapes_tell_the_network(config):
     with torch.device("meta"):
         assert network_of(make_backbone(config).state_dict(), "x") == config
+
+
+def test_a_network_is_named_with_what_differs_from_its_name():
+    assert named_network(EncoderConfig(backbone="resnet50")) == "resnet50"
+    small = EncoderConfig(backbone="resnet18", layers=(1, 1, 1, 1), stem="cifar")
+    assert named_network(small) == "resnet18 of 1-1-1-1 blocks with a cifar stem"
+    assert named_network(EncoderConfig(width=4)) == "resnet50 4 times as wide"
 
 
 # What is refused ---------------------------------------------------------------------------------
