@@ -1,20 +1,21 @@
-"""Pack a folder of pictures into tar shards with an index and a manifest.
+"""Pack pictures into tar shards with an index and a manifest.
 
     python pipeline/make_shards.py SOURCE OUTPUT
 
-SOURCE is ``class/picture`` or a flat folder. Every picture is decoded once; what is broken is left
-out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the same bytes,
-whatever the number of processes.
+SOURCE is a folder ``class/picture`` or a flat one. Every picture is decoded once; what is broken is
+left out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the same bytes,
+whatever the number of processes. The same command goes on with a packing that was stopped.
 """
 
-import contextlib
 import json
+import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,47 +28,52 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.command_line import parse_flags
-from pipeline.packing import ShardJob, ShardResult, pack_shard, plan_shards
+from pipeline.entry_list import ListInfo, write_list
+from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.program import InputError, available_cores, run_program
-from pipeline.shard_format import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardInfo,
-    atomic_file,
-    write_manifest,
+from pipeline.shard_format import Manifest, atomic_file, write_manifest
+from pipeline.sources import Source, open_source
+from pipeline.unfinished import (
+    ShardResult,
+    being_filled,
+    finish,
+    read_result,
+    refuse_foreign,
+    take_up,
 )
-from pipeline.sources import Source, image_folder, shuffled
 from pipeline.validate import Limits, StoredForm
 from pipeline.worker_pool import run_jobs
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
 IGNORED_NAME = "ignored.jsonl"
-MARKER_NAME = ".packing"  # lies in a folder while it is being filled
 
 
 class TooManyRefusedError(InputError):
     """Most of a source cannot be used, so it is likely not what it was meant to be."""
 
     exit_code = 3
+    keep_folder = True  # what was refused can be looked up in it
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """What to pack and how."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional]
     """Folder of pictures: class/picture, or flat."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Folder for the shards: new or empty."""
+    """Folder for the shards: new, empty or left unfinished."""
     shard_mib: int = 256
-    """Largest size of a shard, in MiB of source files."""
+    """Size of a shard, in MiB of source files, on average."""
     shard_samples: int = 10_000
     """Most pictures in a shard."""
     seed: int = 0
     """Of the order in which the pictures are packed."""
     workers: int = 0
     """Processes. 0: one for each core."""
+    part: str = ""
+    """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
     max_refused: float = 0.5
     """Give up, with exit code 3, when more than this share of the pictures was refused."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
@@ -88,54 +94,47 @@ class PackConfig:
             raise InputError(
                 f"--workers {self.workers}: give 0 (all cores) or a number of processes"
             )
+        self.part_of()
+
+    def part_of(self) -> tuple[int, int]:
+        """Which part is packed, from 0, and of how many.
+
+        Raises:
+            InputError: if it is not written like 3/64.
+        """
+        if not self.part:
+            return 0, 1
+        number, _, count = self.part.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise InputError(f"--part {self.part}: give a part and their number, such as 3/64")
+        return int(number) - 1, int(count)
+
+    def part_name(self) -> str:
+        """What the files of this part are called apart from those of others."""
+        return f"-{self.part.replace('/', '-of-')}" if self.part else ""
+
+    def made_by(self) -> dict[str, Any]:
+        """The settings on which the bytes depend."""
+        return {
+            "program": "make_shards",
+            "seed": self.seed,
+            "shard_mib": self.shard_mib,
+            "shard_samples": self.shard_samples,
+            **vars(self.limits),
+            **vars(self.form),
+        }
 
 
-def prepare_output(output: Path) -> list[Path]:
-    """Make the folder, or see that it is ours to fill, and mark it as being filled.
-
-    Returns:
-        The folders that had to be made, the deepest first.
+def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Console) -> None:
+    """Pack these shards in parallel processes, with a progress bar that counts pictures.
 
     Raises:
-        InputError: if it holds anything that is not the leftover of a packing.
+        TooManyRefusedError: as soon as it is certain.
     """
-    if (output / MANIFEST_NAME).exists():
-        raise InputError(
-            f"{output} already holds finished shards: choose a new folder or remove it"
-        )
-    if output.is_dir() and not (output / MARKER_NAME).exists():
-        for path in output.iterdir():
-            raise InputError(
-                f"{output} is not empty (it holds {path.name!r}): choose a new folder for the "
-                "shards"
-            )
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER_NAME).touch()
-    remove_files(output)  # of a packing that was killed, perhaps with other settings
-    return made
-
-
-def remove_files(output: Path) -> None:
-    """Take away what a packing wrote that did not finish."""
-    ours = ("shard-", REFUSED_NAME, CHANGED_NAME, IGNORED_NAME, MANIFEST_NAME)
-    for path in output.iterdir():
-        if path.name.removeprefix(".").startswith(ours):
-            path.unlink(missing_ok=True)
-
-
-def remove_unfinished(output: Path, made: list[Path]) -> None:
-    """Take away what a packing wrote that did not finish, and the folders that it made."""
-    remove_files(output)
-    (output / MARKER_NAME).unlink(missing_ok=True)
-    for folder in made:
-        with contextlib.suppress(OSError):  # not empty: somebody else has put something there
-            folder.rmdir()
-
-
-def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[ShardResult]:
-    """Run the jobs in parallel processes, with a progress bar that counts pictures."""
-    total = sum(len(job.pictures) for job in jobs)
+    if not numbers:
+        return
+    total = plan.count
+    ahead = total - sum(last - first for first, last in map(plan.places_of, numbers))
     columns = (
         TextColumn("packing"),
         BarColumn(),
@@ -143,38 +142,40 @@ def pack_all(jobs: list[ShardJob], workers: int, console: Console) -> list[Shard
         TextColumn("pictures"),
         TimeRemainingColumn(),
     )
-    results: dict[int, ShardResult] = {}
+    refused: list[tuple[str, str]] = []
+
+    def take(_: int, result: ShardResult) -> None:
+        refused.extend(result.refused)
+        if len(refused) > config.max_refused * total:
+            write_rows(config.output / REFUSED_NAME, refused, "reason")
+            raise too_many_refused(refused, total, config)
+
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("packing", total=total)
+        bar = progress.add_task("packing", total=total, completed=ahead)
         run_jobs(
             pack_shard,
-            jobs,
-            workers,
-            results.__setitem__,
-            lambda done: progress.update(bar, completed=done),
+            [ShardJob(plan, number) for number in numbers],
+            config.workers or available_cores(),
+            take,
+            lambda done: progress.update(bar, completed=ahead + done),
         )
         progress.update(bar, completed=total)
-    return [results[number] for number in range(len(jobs))]
 
 
-def write_list(path: Path, rows: list[tuple[str, str]], what: str) -> None:
+def write_rows(path: Path, rows: Iterable[tuple[str, str]], what: str) -> None:
     """JSON lines of files and what happened to them; no file where there is nothing to say."""
-    if rows:
+    lines = [json.dumps({"file": name, what: reason}).encode() + b"\n" for name, reason in rows]
+    if lines:
         with atomic_file(path) as file:
-            for name, reason in sorted(rows):
-                file.write(json.dumps({"file": name, what: reason}).encode() + b"\n")
+            file.writelines(lines)
 
 
-def check_refused(refused: list[tuple[str, str]], pictures: int, config: PackConfig) -> None:
-    """Stop where the share of refused pictures is above the limit.
-
-    Raises:
-        TooManyRefusedError: with the most frequent reason.
-    """
-    if len(refused) <= config.max_refused * pictures and len(refused) < pictures:
-        return
+def too_many_refused(
+    refused: list[tuple[str, str]], pictures: int, config: PackConfig
+) -> TooManyRefusedError:
+    """The error, with the most frequent reason."""
     kind, count = Counter(kind_of(reason) for _, reason in refused).most_common(1)[0]
-    raise TooManyRefusedError(
+    return TooManyRefusedError(
         f"{len(refused)} of {pictures} pictures of {config.source} were refused, {count} of them: "
         f"{kind}; {config.output / REFUSED_NAME} lists them, --max-refused raises the limit"
     )
@@ -185,77 +186,132 @@ def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def summarise(
-    console: Console, source: Source, results: list[ShardResult], manifest: Manifest, seconds: float
-) -> None:
+def list_source(source: Source, folder: Path, config: PackConfig) -> ListInfo:
+    """Write down what is to be packed.
+
+    Raises:
+        InputError: if that is nothing.
+    """
+    listed = write_list(folder, source.entries)
+    if not listed.count:
+        raise InputError(
+            f"the source {config.source} {source.empty} ({listed.ignored} other files)"
+        )
+    return listed
+
+
+def plan_for(source: Source, listed: ListInfo, config: PackConfig) -> Plan:
+    """Which classes and how many shards there will be."""
+    classes = source.classes if source.classes is not None else listed.classes
+    if source.all_or_none and listed.unlabelled:
+        classes = []
+    return Plan(
+        output=config.output,
+        list_folder=listed.folder,
+        count=listed.count,
+        shards=shards_needed(
+            listed.total_bytes, listed.count, config.shard_mib * 2**20, config.shard_samples
+        ),
+        seed=config.seed,
+        classes=tuple(classes),
+        limits=config.limits,
+        form=config.form,
+    )
+
+
+def pack(config: PackConfig, console: Console) -> Manifest | None:
+    """Pack the source of ``config``; what was finished before it was stopped is kept.
+
+    Returns:
+        The manifest, or None for a part.
+
+    Raises:
+        InputError: if the source has no usable picture or the output is taken.
+        TooManyRefusedError: if more pictures were refused than allowed.
+        OSError: if the output cannot be written.
+    """
+    started = time.monotonic()
+    refuse_foreign(config.output)
+    source = open_source(config.source)
+    part = config.part_name()
+    with being_filled(config.output, part) as list_folder:
+        listed = list_source(source, list_folder, config)
+        plan = plan_for(source, listed, config)
+        agreed = {"list": listed.sha256, "classes": plan.classes, "made_by": config.made_by()}
+        take_up(config.output, agreed, part)
+        number, parts = config.part_of()
+        mine = range(number, plan.shards, parts)
+        missing = [number for number in mine if not read_result(config.output, number)]
+        if len(missing) < len(mine):
+            console.print(f"{len(mine) - len(missing)} of {len(mine)} shards are finished already")
+        try:
+            pack_all(plan, missing, config, console)
+        except BaseException:
+            done = sum(1 for number in mine if read_result(config.output, number))
+            if done:
+                line = f"{done} of {len(mine)} shards are finished: the same command goes on"
+                console.print(line, style="yellow")
+            raise
+        if part:
+            console.print(f"part {config.part}: {len(mine)} of {plan.shards} shards are finished")
+            return None
+        return join(plan, listed, config, console, time.monotonic() - started)
+
+
+def join(
+    plan: Plan, listed: ListInfo, config: PackConfig, console: Console, seconds: float
+) -> Manifest:
+    """Write the lists and the manifest of shards that are all finished, and a report."""
+    refused: list[tuple[str, str]] = []
+    changed: list[tuple[str, str]] = []
+    shards = []
+    for number in range(plan.shards):
+        result = read_result(config.output, number)
+        if result is None:
+            raise OSError(f"shard {number} is gone: run the same command again")
+        refused += result.refused
+        changed += result.changed
+        shards += [result.info] if result.info else []
+    write_rows(config.output / REFUSED_NAME, sorted(refused), "reason")
+    if len(refused) > config.max_refused * plan.count or not shards:
+        raise too_many_refused(refused, plan.count, config)
+    write_rows(config.output / CHANGED_NAME, sorted(changed), "change")
+    if listed.ignored:
+        shutil.copyfile(listed.folder / IGNORED_NAME, config.output / IGNORED_NAME)
+    manifest = write_manifest(config.output, shards, plan.classes, config.made_by())
+    finish(config.output)
+    console.print(report(plan, listed, manifest, refused, changed, seconds))
+    if refused:
+        console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
+    return manifest
+
+
+def report(
+    plan: Plan,
+    listed: ListInfo,
+    manifest: Manifest,
+    refused: list[tuple[str, str]],
+    changed: list[tuple[str, str]],
+    seconds: float,
+) -> Table:
     """The table at the end: what was made and what was left out."""
-    refused = [row for result in results for row in result.refused]
-    changed = [row for result in results for row in result.changed]
     size = sum(shard.bytes for shard in manifest.shards)
     table = Table(show_header=False, title="packed", title_justify="left")
     table.add_row("pictures", f"{manifest.samples:,}")
     table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (flat)")
-    if source.outside:
-        table.add_row("", Text(f"because {source.outside} lies outside the class folders"))
+    if listed.classes and listed.unlabelled and not manifest.classes:
+        table.add_row("", Text(f"because {listed.unlabelled} lies outside the class folders"))
     table.add_row("shards", f"{len(manifest.shards):,}")
     table.add_row("size", f"{size / 2**20:,.1f} MiB")
-    table.add_row("speed", f"{len(source.pictures) / seconds:,.0f} images/s, {seconds:.1f} s")
+    table.add_row("speed", f"{plan.count / seconds:,.0f} images/s, {seconds:.1f} s")
     for title, rows in (("transcoded", changed), ("refused", refused)):
         table.add_row(title, f"{len(rows):,}")
         kinds = Counter(kind_of(reason) for _, reason in rows)
         for kind, count in kinds.most_common(5):
             table.add_row("", Text(f"{count:,} {kind}"))
-    if source.ignored:
-        table.add_row("not pictures", f"{len(source.ignored):,} files, listed in {IGNORED_NAME}")
-    console.print(table)
-    if refused:
-        console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
-
-
-def pack(config: PackConfig, console: Console) -> Manifest:
-    """Pack the source of ``config``; leaves nothing behind when it cannot finish.
-
-    Raises:
-        InputError: if the source has no usable picture or the output is taken.
-        OSError: if the output cannot be written.
-    """
-    source = image_folder(config.source)
-    made = prepare_output(config.output)
-    started = time.monotonic()
-    try:
-        plan = plan_shards(
-            shuffled(source.pictures, config.seed),
-            config.output,
-            config.shard_mib * 2**20,
-            config.shard_samples,
-        )
-        jobs = [ShardJob(path, pictures, config.limits, config.form) for path, pictures in plan]
-        workers = config.workers or available_cores()
-        results = pack_all(jobs, workers, console)
-        refused = [row for result in results for row in result.refused]
-        write_list(config.output / REFUSED_NAME, refused, "reason")
-        write_list(config.output / IGNORED_NAME, source.ignored, "reason")
-        shards: list[ShardInfo] = [result.info for result in results if result.info]
-        check_refused(refused, len(source.pictures), config)
-        changed = [row for result in results for row in result.changed]
-        write_list(config.output / CHANGED_NAME, changed, "change")
-        made_by = {
-            "program": "make_shards",
-            "seed": config.seed,
-            "shard_mib": config.shard_mib,
-            "shard_samples": config.shard_samples,
-            **vars(config.limits),
-            **vars(config.form),
-        }
-        manifest = write_manifest(config.output, shards, source.classes, made_by)
-        (config.output / MARKER_NAME).unlink()
-    except TooManyRefusedError:
-        raise  # what was refused can be looked up in the unfinished folder
-    except BaseException:
-        remove_unfinished(config.output, made)
-        raise
-    summarise(console, source, results, manifest, time.monotonic() - started)
-    return manifest
+    if listed.ignored:
+        table.add_row("not pictures", f"{listed.ignored:,} files, listed in {IGNORED_NAME}")
+    return table
 
 
 def main() -> None:
@@ -263,8 +319,9 @@ def main() -> None:
     config = parse_flags(PackConfig, __doc__)
     console = Console()
     manifest = pack(config, console)
-    line = f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py"
-    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    if manifest:
+        line = f"{config.output}: data set {manifest.sha256[:12]}, ready for train.py"
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

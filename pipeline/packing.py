@@ -1,111 +1,151 @@
 """One shard's worth of packing: the unit of work, of parallelism and of retry.
 
-Which picture goes into which shard is decided from the list alone, before any is read, so the
-bytes do not depend on the number of processes.
+Which picture goes into which shard is arithmetic on the number of entries and the seed, done
+before any picture is read, so the bytes do not depend on the number of processes.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.shard_format import Sample, ShardInfo, index_name, write_shard
-from pipeline.sources import SourcePicture
+from pipeline.entry_list import WHOLE_FILE, Entry, EntryList
+from pipeline.shard_format import NO_LABEL, Sample, index_name, write_shard
+from pipeline.unfinished import ShardResult, shard_name, write_result
 from pipeline.validate import Limits, RefusedError, StoredForm, accept_picture, check_bytes
 from pipeline.worker_pool import advance
+
+SIDE_CAR_LIMIT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that the bytes of all shards depend on."""
+
+    output: Path
+    list_folder: Path
+    count: int
+    """Entries in the list."""
+    shards: int
+    seed: int
+    classes: tuple[str, ...]
+    limits: Limits
+    form: StoredForm
+
+    def places_of(self, number: int) -> tuple[int, int]:
+        """The first place of a shard in the shuffled order, and the first of the next."""
+        return number * self.count // self.shards, (number + 1) * self.count // self.shards
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to write: its tar, the pictures meant for it, what is too much, how to store them."""
+    """A shard to write."""
 
-    path: Path
-    pictures: list[SourcePicture]
-    limits: Limits
-    form: StoredForm
+    plan: Plan
+    number: int
 
 
-@dataclass
-class ShardResult:
-    """What became of a job. ``info`` is None where no picture could be used."""
-
-    info: ShardInfo | None = None
-    bytes_read: int = 0
-    refused: list[tuple[str, str]] = field(default_factory=list)  # relative path, reason
-    changed: list[tuple[str, str]] = field(default_factory=list)  # relative path, what changed
-    class_counts: dict[int, int] = field(default_factory=dict)
-
-
-def plan_shards(
-    pictures: list[SourcePicture], folder: Path, shard_bytes: int, shard_samples: int
-) -> list[tuple[Path, list[SourcePicture]]]:
-    """Cut the list into shards of at most so many bytes or pictures, whichever comes first."""
-    groups: list[list[SourcePicture]] = [[]]
-    size = 0
-    for picture in pictures:
-        try:
-            picture_bytes = picture.path.stat().st_size
-        except OSError:  # gone or unreadable: refused with its reason when its shard is written
-            picture_bytes = 0
-        full = size + picture_bytes > shard_bytes or len(groups[-1]) >= shard_samples
-        if full and groups[-1]:
-            groups.append([])
-            size = 0
-        groups[-1].append(picture)
-        size += picture_bytes
-    return [(folder / f"shard-{number:06d}.tar", group) for number, group in enumerate(groups)]
+def shards_needed(total_bytes: int, count: int, shard_bytes: int, shard_samples: int) -> int:
+    """How many shards of equal numbers of pictures keep to both sizes, on average for the bytes."""
+    return max(1, -(-total_bytes // shard_bytes), -(-count // shard_samples))
 
 
 def pack_shard(job: ShardJob) -> ShardResult:
-    """Validate the pictures of one shard and write it.
+    """Validate the pictures of one shard, write it and note that it is done.
 
     Raises:
         OSError: if the shard cannot be written; nothing of it is left then.
     """
     result = ShardResult()
+    path = job.plan.output / shard_name(job.number)
     try:
-        result.info = write_shard(job.path, _samples(job, result))
+        result.info = write_shard(path, _samples(job, result))
+        write_result(job.plan.output, job.number, result)
     except BaseException:
-        for name in (job.path.name, index_name(job.path.name)):
+        for name in (path.name, index_name(path.name)):
             with contextlib.suppress(OSError):
-                job.path.with_name(name).unlink(missing_ok=True)
+                path.with_name(name).unlink(missing_ok=True)
         raise
     return result
 
 
-def read_picture(path: Path, limits: Limits) -> bytes:
-    """The bytes of a file; none are read of one that is too large.
+def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
+    plan = job.plan
+    labels = {name: label for label, name in enumerate(plan.classes)}
+    entries = EntryList(plan.list_folder, plan.count, plan.seed)
+    try:
+        for key, entry in entries.read(*plan.places_of(job.number)):
+            try:
+                data = read_picture(entry, plan.limits)
+                accepted = accept_picture(data, plan.limits, plan.form)
+            except OSError as error:
+                result.refused.append((entry.name, f"cannot be read: {error.strerror}"))
+            except RefusedError as error:
+                result.refused.append((entry.name, str(error)))
+            else:
+                metadata, change = read_metadata(entry)
+                change = "; ".join(filter(None, (accepted.change, change)))
+                if change:
+                    result.changed.append((entry.name, change))
+                yield Sample(
+                    key=key,
+                    picture=accepted.picture,
+                    width=accepted.width,
+                    height=accepted.height,
+                    label=_label(entry, labels),
+                    metadata=metadata,
+                )
+            result.pictures += 1
+            advance(1)
+    finally:
+        entries.close()
+
+
+def _label(entry: Entry, labels: dict[str, int]) -> int:
+    if isinstance(entry.label, int):
+        return entry.label
+    return labels.get(entry.label, NO_LABEL) if entry.label is not None else NO_LABEL
+
+
+def read_picture(entry: Entry, limits: Limits) -> bytes:
+    """The bytes of an entry; none are read of one that is too large.
 
     Raises:
         OSError: if it cannot be read.
-        RefusedError: if it is too large.
+        RefusedError: if it is too large, or is cut off in the file that holds it.
     """
-    with path.open("rb") as file:
-        check_bytes(os.fstat(file.fileno()).st_size, limits)
-        return file.read()
+    handle = os.open(entry.path, os.O_RDONLY)
+    try:
+        whole = entry.offset == WHOLE_FILE
+        size = os.fstat(handle).st_size if whole else entry.size_bytes
+        check_bytes(size, limits)
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            if not whole:
+                file.seek(entry.offset)
+            data = file.read(size) or b""
+            while len(data) < size and (more := file.read(size - len(data))):
+                data += more
+    finally:
+        os.close(handle)
+    if len(data) < size:
+        raise RefusedError(f"truncated: {len(data)} of {size} bytes in {entry.path}")
+    return data
 
 
-def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
-    for picture in job.pictures:
-        try:
-            data = read_picture(picture.path, job.limits)
-            accepted = accept_picture(data, job.limits, job.form)
-        except OSError as error:
-            result.refused.append((picture.relative, f"cannot be read: {error.strerror}"))
-        except RefusedError as error:
-            result.refused.append((picture.relative, str(error)))
-        else:
-            result.bytes_read += len(data)
-            if accepted.change:
-                result.changed.append((picture.relative, accepted.change))
-            counts = result.class_counts
-            counts[picture.label] = counts.get(picture.label, 0) + 1
-            yield Sample(
-                key=picture.key,
-                picture=accepted.picture,
-                width=accepted.width,
-                height=accepted.height,
-                label=picture.label,
-            )
-        advance(1)
+def read_metadata(entry: Entry) -> tuple[dict[str, Any] | None, str]:
+    """The metadata of an entry, and what is wrong with the file that should hold it, or ""."""
+    if not isinstance(entry.metadata, str):
+        return entry.metadata, ""
+    path = Path(entry.metadata)
+    try:
+        if path.stat().st_size > SIDE_CAR_LIMIT_BYTES:
+            return None, f"without its metadata: {path.name} has more than 1 MiB"
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return None, f"without its metadata: {path.name}: {error}"
+    if not isinstance(content, dict):
+        return None, f"without its metadata: {path.name} holds no object"
+    return content, ""

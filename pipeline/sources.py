@@ -1,22 +1,18 @@
-"""What can be packed: each source is a list of pictures with a key, a place and a label.
+"""What can be packed: each source yields entries, one at a time, in an order of its own.
 
-An image folder is ``class/picture`` (any depth below the class) or flat, without classes.
+An image folder is ``class/picture`` (any depth below the class) or flat, without classes. A file
+``NAME.json`` or ``NAME.jpg.json`` beside a picture is its metadata.
 """
 
-import hashlib
 import os
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.integer_hash import hash_of
+from pipeline.entry_list import Entry, Ignored
 from pipeline.picture_header import EMPTY, UNKNOWN, BadHeaderError, read_header
 from pipeline.program import InputError
-from pipeline.shard_format import NO_LABEL
 
 PICTURE_SUFFIXES = frozenset(
     f".{name}"
@@ -25,107 +21,129 @@ PICTURE_SUFFIXES = frozenset(
         *("png", "webp", "gif", "tif", "tiff", "bmp", "ppm", "pgm", "avif", "ico", "psd"),
     )
 )
-# A USTAR name holds 100 characters; a suffix of 9 and an extension of 5 must fit behind the stem.
-KEY_STEM_LENGTH = 80
-
-
-@dataclass(frozen=True)
-class SourcePicture:
-    """One file to pack. ``relative`` is its path below the source, for people and for logs."""
-
-    key: str
-    path: Path
-    relative: str
-    label: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """All pictures of a source in an order that depends on their names alone."""
+    """Something with pictures."""
 
-    pictures: list[SourcePicture]
-    classes: list[str]
-    ignored: list[tuple[str, str]]  # files that are not looked at, and why
-    outside: str = ""  # the first picture that keeps sub-folders from being classes
+    entries: Iterator[Entry | Ignored]
+    classes: list[str] | None = None
+    """In the order of the labels; None: the names that the labels are, in alphabetical order."""
+    all_or_none: bool = False
+    """One entry without a label means that the labels of the others are no classes."""
+    empty: str = "holds no pictures"
+    """What to say where there are none."""
+
+
+def open_source(source: str) -> Source:
+    """The source of that name.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    return image_folder(Path(source))
 
 
 def image_folder(root: Path) -> Source:
     """The pictures below ``root``; its sub-folders are the classes, if it has any.
 
     Raises:
-        InputError: if the folder is missing or holds no picture.
+        InputError: if the folder is missing.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise InputError(f"the source {root} {what}: give a folder of pictures")
-    relatives, ignored = [], []
-    for path, why_not in walk_files(root):
-        if why_not:
-            ignored.append((path.as_posix(), why_not))
-        else:
-            relatives.append(path)
-    if not relatives:
-        suffixes = " ".join(sorted(PICTURE_SUFFIXES))
-        raise InputError(
-            f"the source {root} holds no pictures ({len(ignored)} other files): give a folder with "
-            f"files ending in {suffixes}"
-        )
-    relatives.sort(key=lambda path: path.as_posix())
-    outside = [path.as_posix() for path in relatives if len(path.parts) == 1]
-    has_classes = not outside
-    classes = sorted({path.parts[0] for path in relatives}) if has_classes else []
-    label_of = {name: label for label, name in enumerate(classes)}
-    names = [path.as_posix() for path in relatives]
-    return Source(
-        [
-            SourcePicture(key, root / path, name, label_of.get(path.parts[0], NO_LABEL))
-            for key, path, name in zip(keys_of(names), relatives, names, strict=True)
-        ],
-        classes,
-        ignored,
-        outside[0] if 0 < len(outside) < len(relatives) else "",
-    )
+    suffixes = " ".join(sorted(PICTURE_SUFFIXES))
+    empty = f"holds no pictures: give a folder with files ending in {suffixes}"
+    return Source(walk_pictures(root), all_or_none=True, empty=empty)
 
 
-def walk_files(root: Path) -> Iterator[tuple[Path, str]]:
-    """Files below ``root``, relative to it, each with why it is no picture by its name, or "".
+def walk_pictures(root: Path) -> Iterator[Entry | Ignored]:
+    """Pictures below ``root`` with their class, and every other file with why it is none.
 
     Links are followed, but no folder is walked twice: a loop cannot trap us, and no picture comes
     in by two ways. Folders of the tree itself go before links to them.
     """
     seen: set[tuple[int, int]] = set()
-    waiting, links = [root], deque[Path]()
+    waiting, links = [""], deque[str]()
     while waiting or links:
         folder = waiting.pop() if waiting else links.popleft()
         try:
-            status = folder.stat()
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            status = (root / folder).stat()
+            with os.scandir(root / folder) as found:
+                files = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            yield folder.relative_to(root), f"folder that cannot be read: {error.strerror}"
+            yield Ignored(folder or ".", f"folder that cannot be read: {error.strerror}")
             continue
         if (status.st_dev, status.st_ino) in seen:
-            yield folder.relative_to(root), "link to a folder that is walked by another way"
+            yield Ignored(folder, "link to a folder that is walked by another way")
             continue
         seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            path = folder / entry.name
-            if not path.is_dir():
-                yield path.relative_to(root), _why_no_picture(path)
-            elif entry.is_symlink():
-                links.append(path)
-            else:
-                waiting.append(path)
+        folders = [file for file in files if _is_dir(file)]
+        for file in reversed(folders):
+            (links if file.is_symlink() else waiting).append(_join(folder, file.name))
+        yield from _pictures_of(folder, [file for file in files if file not in folders])
 
 
-def _why_no_picture(path: Path) -> str:
+def _is_dir(file: os.DirEntry[str]) -> bool:
+    try:
+        return file.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _pictures_of(folder: str, files: list[os.DirEntry[str]]) -> Iterator[Entry | Ignored]:
+    reasons = {file.name: _why_no_picture(file) for file in files}
+    pictures = [file for file in files if not reasons[file.name]]
+    side_cars = _side_cars([file.name for file in pictures], reasons)
+    for file in files:
+        name = _join(folder, file.name)
+        if file.name in side_cars.values():
+            continue
+        if reason := reasons[file.name]:
+            yield Ignored(name, reason)
+            continue
+        side_car = side_cars.get(file.name)
+        yield Entry(
+            name,
+            file.path,
+            _size_of(file),
+            name.partition("/")[0] if folder else None,
+            metadata=str(Path(file.path).with_name(side_car)) if side_car else None,
+        )
+
+
+def _size_of(file: os.DirEntry[str]) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # gone: refused with its reason when its shard is written
+        return 0
+
+
+def _side_cars(pictures: list[str], names: dict[str, str]) -> dict[str, str]:
+    """The JSON file beside each picture that has one."""
+    found = {}
+    for picture in pictures:
+        for name in (f"{picture}.json", f"{picture.rpartition('.')[0] or picture}.json"):
+            if name in names:
+                found[picture] = name
+                break
+    return found
+
+
+def _why_no_picture(file: os.DirEntry[str]) -> str:
     """By its name, and where that has no ending by its first bytes."""
-    if not path.exists():
+    if file.is_symlink() and not Path(file.path).exists():
         return "link to nothing"
-    if not path.is_file():
+    if not file.is_file():
         return "not a file"
-    suffix = path.suffix.lower()
-    if suffix in PICTURE_SUFFIXES or (not suffix and _begins_like_a_picture(path)):
+    suffix = Path(file.name).suffix.lower()
+    if suffix in PICTURE_SUFFIXES or (not suffix and _begins_like_a_picture(Path(file.path))):
         return ""
     return f"ending {suffix}" if suffix else "no ending, and does not begin like a picture"
 
@@ -139,33 +157,3 @@ def _begins_like_a_picture(path: Path) -> bool:
     except OSError:
         pass  # refused with its reason when its shard is written
     return True
-
-
-def keys_of(names: list[str]) -> list[str]:
-    """A tar key for each relative path: ASCII, no dots, no spaces, unique, still readable.
-
-    A path that cannot be kept as it is, or shares its key with another, gets eight digits of its
-    own SHA-256 behind it, so that a key depends on nothing but the names.
-    """
-    stems = [re.sub(r"[^A-Za-z0-9_/-]", "_", name.rpartition(".")[0] or name) for name in names]
-    # webdataset keeps folders such as "__meta__" for notes of its own.
-    stems = [re.sub(r"(^|/)__+", r"\1_", stem) for stem in stems]
-    # "A" and "a" would be one file where a tar is unpacked on a disk that ignores case.
-    often = Counter(stem.lower() for stem in stems)
-    keys = []
-    for name, stem in zip(names, stems, strict=True):
-        kept = stem == name.rpartition(".")[0] and len(stem) <= KEY_STEM_LENGTH
-        if kept and often[stem.lower()] == 1:
-            keys.append(stem)
-        else:
-            digits = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-            keys.append(f"{stem[:KEY_STEM_LENGTH]}-{digits}")
-    return keys
-
-
-def shuffled(pictures: list[SourcePicture], seed: int) -> list[SourcePicture]:
-    """The pictures in a random order that is a function of the seed and their number."""
-    if not pictures:
-        return []
-    rank = hash_of(seed, np.arange(len(pictures), dtype=np.uint64))
-    return [pictures[place] for place in rank.argsort(kind="stable")]

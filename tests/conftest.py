@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from pipeline.entry_list import Entry, EntryList, write_list
 from pipeline.picture_header import BadHeaderError, read_header
 from pipeline.shard_format import Sample, read_index, write_manifest, write_shard
 
@@ -74,6 +75,21 @@ def pack_pictures(folder, pictures, shard_sizes, classes=("ant", "bee", "cat")):
         first += size
     write_manifest(folder, shards, classes, {"program": "tests"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def keys_of(tmp_path_factory):
+    """``keys_of(names)`` gives the key that each name gets in a list of them all."""
+
+    def keys(names):
+        folder = tmp_path_factory.mktemp("list")
+        write_list(folder, (Entry(name, "", 0) for name in names))
+        entries = EntryList(folder, len(names), seed=0)
+        found = {entry.name: key for key, entry in entries.read(0, len(names))}
+        entries.close()
+        return [found[name] for name in names]
+
+    return keys
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
+import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.packing import ShardJob, pack_shard, plan_shards
+from pipeline.entry_list import write_list
+from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.shard_format import read_manifest
 from pipeline.shard_store import ShardStore
-from pipeline.sources import SourcePicture
+from pipeline.sources import image_folder
+from pipeline.unfinished import read_result
 from pipeline.validate import Limits, StoredForm
 
 PROGRAM = Path(__file__).resolve().parents[1] / "pipeline" / "make_shards.py"
@@ -337,24 +341,28 @@ def group_lives(group):
     return False
 
 
-@pytest.mark.parametrize("long_work", [5, 1500], indirect=True, ids=["small", "large"])
-def test_ctrl_c_ends_it_at_once_and_leaves_nothing_behind(long_work):
+@pytest.mark.parametrize("long_work", [1500], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_a_shard_is_finished_it_ends_at_once_and_leaves_nothing(long_work, number):
+    process, output = long_work
+    # Ctrl-C reaches the whole group, a polite kill the program alone.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number and not output.exists()
+    assert error == ("interrupted\n" if number == signal.SIGINT else "")
+    wait_until(lambda: not group_lives(process.pid))
+
+
+def test_stopped_with_finished_shards_it_keeps_them_and_the_same_command_goes_on(long_work):
     process, output = long_work
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=8)[1] == "interrupted\n"
-    assert process.returncode == 130 and not output.exists()
+    process.communicate(timeout=20)
     wait_until(lambda: not group_lives(process.pid))
+    assert process.returncode == 130 and not (output / "manifest.json").exists()
+    assert list(output.glob("shard-*.tar")) and not list(output.glob(".shard-*"))
 
 
-def test_a_polite_kill_leaves_nothing_behind(long_work):
-    process, output = long_work
-    process.terminate()
-    process.wait(timeout=60)
-    wait_until(lambda: not group_lives(process.pid))
-    assert process.returncode not in (0, 1) and not output.exists()
-
-
-def test_a_hard_kill_leaves_nothing_half_done_no_workers_and_can_be_begun_anew(
+def test_a_hard_kill_leaves_nothing_half_done_and_no_workers_and_other_pictures_can_follow(
     long_work, picture_folder, tmp_path
 ):
     process, output = long_work
@@ -365,54 +373,174 @@ def test_a_hard_kill_leaves_nothing_half_done_no_workers_and_can_be_begun_anew(
     for path in output.glob("shard-*.tar"):  # what has its final name is complete
         with tarfile.open(path) as tar:
             assert len(tar.getmembers()) == 5
-    save(output, "refused.jsonl", b"{}")  # as if it had been killed a moment later
     packed(picture_folder, output, cwd=tmp_path)
     names = picture_folder.rglob("*.jpg")
     assert samples_of(output).keys() == {f"{path.parent.name}/{path.stem}" for path in names}
-    visible = [name for name in names_in(output) if not name.startswith(".")]
-    assert visible == ["manifest.json", "shard-000000.index", "shard-000000.tar"]
+    assert names_in(output) == ["manifest.json", "shard-000000.index", "shard-000000.tar"]
 
 
-def pictures_of_sizes(tmp_path, sizes):
-    for number, size in enumerate(sizes):
-        save(tmp_path, f"{number}.jpg", bytes(size))
-    return [SourcePicture(str(n), tmp_path / f"{n}.jpg", f"{n}.jpg", -1) for n in range(len(sizes))]
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory, draw_photo):
+    """Sixty pictures that take a while, and the shards of an undisturbed packing."""
+    folder = tmp_path_factory.mktemp("sixty")
+    for number in range(60):
+        path = folder / "pictures" / ("ant", "bee")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_photo(number, 640, 480).save(path, compress_level=1)
+    save(folder, "pictures/ant/broken.jpg", b"<html>")
+    packed("pictures", "whole", "--shard-samples", 4, cwd=folder)
+    return folder
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def times_of(output):
+    """When each finished shard was written."""
+    tars = [output / f"shard-{path.stem[5:]}.tar" for path in (output / ".packing").glob("done-*")]
+    return {tar.name: tar.stat().st_mtime_ns for tar in tars}
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_finishes_with_the_bytes_of_an_undisturbed_packing(
+    sixty, tmp_path, kills
+):
+    output, finished, moments = tmp_path / "out", {}, np.random.default_rng(kills)
+    arguments = command("pictures", output, "--shard-samples", 4, "--workers", 2)
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(
+            arguments, cwd=sixty, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moments.uniform(0.5, 2.0))
+        if group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+            done += 1
+        process.wait()
+        wait_until(lambda pid=process.pid: not group_lives(pid))
+        if (output / "manifest.json").exists():  # it was faster than the kill
+            assert bytes_of(output) == bytes_of(sixty / "whole")
+            shutil.rmtree(output)
+            finished = {}
+            continue
+        now = times_of(output) if output.exists() else {}
+        assert finished.items() <= now.items()  # no finished shard is done again
+        finished = now
+    text = packed("pictures", output, "--shard-samples", 4, cwd=sixty).stdout
+    assert bytes_of(output) == bytes_of(sixty / "whole")
+    assert (f"{len(finished)} of 16 shards are finished already" in text) == bool(finished)
+    assert not (output / ".packing").exists()
+
+
+def test_after_a_full_disk_nothing_is_half_written_and_it_goes_on(sixty, tmp_path):
+    # To a program a limit on the size of a file is what a full disk is: an error while it writes.
+    sizes = [path.stat().st_size for path in sorted((sixty / "whole").glob("*.tar"))]
+    program = (
+        f"import resource, runpy, sys; limit = {max(sizes) - 1};"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = command("pictures", tmp_path / "out", "--shard-samples", 4, "--workers", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments[1:]], cwd=sixty, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.search(r"out/shard-\d+\.tar: the file would be larger than is allowed", done.stderr)
+    kept = times_of(tmp_path / "out")
+    assert len(kept) == sizes.index(max(sizes)) > 0
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == set(kept)
+    packed("pictures", tmp_path / "out", "--shard-samples", 4, cwd=sixty)
+    assert bytes_of(tmp_path / "out") == bytes_of(sixty / "whole")
+
+
+def test_a_folder_that_is_being_filled_is_refused_to_another(long_work, tmp_path):
+    done = make_shards("many", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "being filled by another make_shards" in done.stderr
+    assert long_work[0].poll() is None
+
+
+def test_parts_and_the_command_that_joins_them_give_the_same_bytes(sixty, tmp_path):
+    words = ("pictures", tmp_path / "out", "--shard-samples", 4)
+    for part in ("2/3", "1/3"):
+        packed(*words, "--part", part, cwd=sixty)
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len(times_of(tmp_path / "out")) == 11
+    other = make_shards(*words, "--part", "3/3", "--seed", 1, cwd=sixty)
+    assert other.returncode == 2 and "with other settings" in other.stderr
+    packed(*words, "--part", "3/3", cwd=sixty)
+    before = times_of(tmp_path / "out")
+    text = packed(*words, cwd=sixty).stdout
+    assert "16 of 16 shards are finished already" in text and len(before) == 16
+    assert bytes_of(tmp_path / "out") == bytes_of(sixty / "whole")
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "-1/3"])
+def test_a_part_that_is_none_is_one_line(picture_folder, tmp_path, part):
+    done = make_shards(picture_folder, "out", "--part", part, cwd=tmp_path)
+    assert done.returncode == 2 and "such as 3/64" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shard_bytes", "shard_samples", "plan"),
-    [
-        ([10] * 5, 1000, 2, [2, 2, 1]),
-        ([10] * 5, 30, 100, [3, 2]),
-        ([10, 500, 10], 30, 100, [1, 1, 1]),  # a picture larger than a shard has one of its own
-        ([30, 30], 30, 100, [1, 1]),
-        ([5], 1, 1, [1]),
-    ],
+    ("total_bytes", "count", "shard_bytes", "shard_samples", "shards"),
+    [(50, 5, 1000, 2, 3), (50, 5, 30, 100, 2), (60, 2, 30, 100, 2), (0, 1, 1, 1, 1)],
 )
-def test_a_shard_ends_at_its_bytes_or_its_pictures(
-    tmp_path, sizes, shard_bytes, shard_samples, plan
+def test_as_many_shards_as_bytes_and_pictures_ask_for(
+    total_bytes, count, shard_bytes, shard_samples, shards
 ):
-    pictures = pictures_of_sizes(tmp_path, sizes)
-    shards = plan_shards(pictures, Path("out"), shard_bytes, shard_samples)
-    assert [len(group) for _, group in shards] == plan
-    assert [picture for _, group in shards for picture in group] == pictures
-    assert [path.name for path, _ in shards] == [f"shard-{n:06d}.tar" for n in range(len(plan))]
+    assert shards_needed(total_bytes, count, shard_bytes, shard_samples) == shards
+
+
+def test_shards_are_equal_but_for_one_picture(sixty):
+    samples = [shard.samples for shard in read_manifest(sixty / "whole").shards]
+    assert len(samples) == 16 and sum(samples) == 60 and set(samples) <= {2, 3, 4}
+
+
+def test_side_cars_become_metadata(tmp_path, draw_photo, encode):
+    for number in range(3):
+        save(tmp_path, f"in/{number}.jpg", encode(draw_photo(number)))
+    save(tmp_path, "in/0.json", b'{"tags": ["cat", "\\u00e9"]}')
+    save(tmp_path, "in/1.jpg.json", b"[1]")
+    packed("in", "out", cwd=tmp_path)
+    with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
+        metadata = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith("json")}
+    assert {name: json.loads(data) for name, data in metadata.items()} == {
+        "0.json": {"tags": ["cat", "é"]}
+    }
+    changed = lines_of(tmp_path / "out" / "changed.jsonl")
+    assert changed == {"1.jpg": "without its metadata: 1.jpg.json holds no object"}
 
 
 def test_a_picture_that_is_gone_when_its_turn_comes_is_refused(tmp_path, draw_photo, encode):
-    pictures = pictures_of_sizes(tmp_path, [0, 0])
-    save(tmp_path, "1.jpg", encode(draw_photo(0)))
-    plan = plan_shards(pictures, tmp_path, 100_000, 100)
-    (tmp_path / "0.jpg").unlink()
-    result = pack_shard(ShardJob(*plan[0], Limits(), StoredForm()))
-    assert result.refused == [("0.jpg", "cannot be read: No such file or directory")]
-    assert result.info.samples == 1 and result.class_counts == {-1: 1}
+    save(tmp_path, "in/1.jpg", encode(draw_photo(0)))
+    save(tmp_path, "in/secret.jpg", encode(draw_photo(0)))
+    plan = plan_of(tmp_path)
+    (tmp_path / "in/secret.jpg").unlink()
+    result = pack_shard(ShardJob(plan, 0))
+    assert result.refused == [("secret.jpg", "cannot be read: No such file or directory")]
+    assert result.info.samples == 1 and read_result(plan.output, 0) == result
 
 
 def test_a_shard_without_a_usable_picture_is_not_written(tmp_path):
-    job = ShardJob(
-        tmp_path / "shard-000000.tar", pictures_of_sizes(tmp_path, [9, 9]), Limits(), StoredForm()
+    save(tmp_path, "in/1.jpg", b"<html>")
+    plan = plan_of(tmp_path)
+    result = pack_shard(ShardJob(plan, 0))
+    assert result.info is None and len(result.refused) == 1
+    assert names_in(plan.output) == [".packing"] and read_result(plan.output, 0) == result
+
+
+def plan_of(folder):
+    """The plan of one shard with the pictures of ``folder/in``."""
+    (folder / "out/.packing/list").mkdir(parents=True)
+    listed = write_list(folder / "out/.packing/list", image_folder(folder / "in").entries)
+    return Plan(
+        output=folder / "out",
+        list_folder=listed.folder,
+        count=listed.count,
+        shards=1,
+        seed=0,
+        classes=(),
+        limits=Limits(),
+        form=StoredForm(),
     )
-    result = pack_shard(job)
-    assert result.info is None and len(result.refused) == 2
-    assert names_in(tmp_path) == ["0.jpg", "1.jpg"]

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 
 from pipeline.shard_format import read_manifest
 from pipeline.shard_store import ShardStore
-from pipeline.sources import keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # (outcome, verdict of the manifest): files
@@ -155,7 +154,7 @@ def test_all_that_was_accepted_decodes_in_dali_to_what_pillow_makes_of_it(messy,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_was_transcoded_still_shows_the_same_picture(messy, monkeypatch):
+def test_what_was_transcoded_still_shows_the_same_picture(messy, monkeypatch, keys_of):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     outcomes = outcomes_of(messy[0])
     names = [name for name in verdicts_of(messy[0]) if outcomes.get(name) != "ignored"]

@@ -37,7 +37,6 @@ import webdataset
 from rich.console import Console
 
 from pipeline.make_shards import PackConfig, pack
-from pipeline.sources import image_folder
 from pipeline.validate import StoredForm
 
 ROUNDS, PROCESSES, SHARD_MIB = 5, 2, 256
@@ -59,11 +58,21 @@ def write_pictures(folder: Path, count: int) -> int:
     return size
 
 
+def pictures_of(source: Path) -> list[tuple[str, Path, int]]:
+    """Key, file and label of every picture."""
+    folders = sorted(source.iterdir())
+    return [
+        (f"{folder.name}/{path.stem}", path, label)
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+    ]
+
+
 def mocostream(source: Path, output: Path, *, validate: bool) -> None:
     """This project's packer, as ``make_shards`` runs it."""
     form = StoredForm(validate=validate)
     config = PackConfig(
-        source=source, output=output, workers=PROCESSES, shard_mib=SHARD_MIB, form=form
+        source=str(source), output=output, workers=PROCESSES, shard_mib=SHARD_MIB, form=form
     )
     pack(config, Console(file=io.StringIO()))
 
@@ -82,9 +91,8 @@ def shard_writer(source: Path, output: Path) -> None:
     output.mkdir()
     pattern = str(output / "%06d.tar")
     with webdataset.ShardWriter(pattern, maxsize=SHARD_MIB << 20, verbose=0) as writer:
-        for picture in image_folder(source).pictures:
-            data = picture.path.read_bytes()
-            writer.write({"__key__": picture.key, "jpg": data, "cls": picture.label})
+        for key, path, label in pictures_of(source):
+            writer.write({"__key__": key, "jpg": path.read_bytes(), "cls": label})
 
 
 def mds_writer(streaming: Any) -> Callable[[Path, Path], None]:
@@ -95,8 +103,8 @@ def mds_writer(streaming: Any) -> Callable[[Path, Path], None]:
         with streaming.MDSWriter(
             out=str(output), columns=columns, size_limit=SHARD_MIB << 20
         ) as writer:
-            for picture in image_folder(source).pictures:
-                writer.write({"jpg": picture.path.read_bytes(), "cls": picture.label})
+            for _, path, label in pictures_of(source):
+                writer.write({"jpg": path.read_bytes(), "cls": label})
 
     return write
 
@@ -135,7 +143,7 @@ def tell(line: dict[str, object]) -> None:
 def measured(source: Path, folder: Path) -> dict[str, list[float]]:
     """Seconds of each side in each round, the first round left out."""
     sides = sides_of(source)
-    pictures = [picture.path for picture in image_folder(source).pictures]
+    pictures = [path for _, path, _ in pictures_of(source)]
     halves = [pictures[start::PROCESSES] for start in range(PROCESSES)]
     seconds: dict[str, list[float]] = {side: [] for side in (*sides, "decoding alone")}
     with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:

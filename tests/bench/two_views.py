@@ -170,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         pictures, shards = Path(name, "pictures"), Path(name, "shards")
         what = picture_folder(pictures)
-        pack(PackConfig(source=pictures, output=shards), Console(quiet=True))
+        pack(PackConfig(source=str(pictures), output=shards), Console(quiet=True))
         sides = {
             "mocostream": lambda: ours(shards),
             "torchvision": lambda: torchvisions(pictures),
