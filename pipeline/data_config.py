@@ -44,8 +44,9 @@ class DataConfig:
     """Samples of a lane that are shuffled with each other."""
     threads: int = 0
     """CPU threads of each process. 0: all cores, shared by this machine's processes."""
-    engine: Literal["auto", "dali", "torchvision"] = "auto"
-    """What makes the views: DALI where it is installed, else torchvision."""
+    engine: Literal["auto", "dali", "kernels", "torchvision"] = "auto"
+    """What makes the views. auto: on a GPU DALI where it is installed, else the kernels, which give
+    torchvision's views bit by bit."""
     max_pixels: int = Limits.max_pixels
     """Width times height of a picture; a larger one is replaced and never decoded."""
     max_bad_share: float = 0.05

@@ -78,7 +78,8 @@ def _jitter(view: Image.Image, operation: int, factor: float) -> Image.Image:
         return TF.adjust_contrast(view, factor)
     if operation == SATURATION:
         return TF.adjust_saturation(view, factor)
-    return TF.adjust_hue(view, factor)
+    # A strength of 0 is no operation, as in ColorJitter: by way of 8-bit HSV it would cost levels.
+    return TF.adjust_hue(view, factor) if factor else view
 
 
 def normalise(

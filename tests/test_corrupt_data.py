@@ -33,7 +33,7 @@ BAD_FOR_ALL = {"rot1mir0.avif", "hopper.ico", "hopper.psd", "relax.jp2", "broken
 BAD_FOR_DALI = {"pal4rle.bmp", "10ct_32bit_128.tiff"}
 
 
-@pytest.fixture(params=["dali", "torchvision"])
+@pytest.fixture(params=["dali", "kernels", "torchvision"])
 def engine(request):
     if request.param == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")

@@ -21,7 +21,7 @@ from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
 STEPS_PER_EPOCH = 5  # 40 pictures, 8 a step
 
 
-@pytest.fixture(params=["dali", "torchvision"])
+@pytest.fixture(params=["dali", "kernels", "torchvision"])
 def engine(request):
     if request.param == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
@@ -374,6 +374,14 @@ def test_a_loader_that_cannot_be_made_leaves_no_thread(shard_set):
 def test_without_shards_the_flag_is_named():
     with pytest.raises(InputError, match=r"--data\.shards"):
         loader_of(None)
+
+
+def test_a_gpu_gets_dali_where_it_is_installed_and_all_else_the_kernels(monkeypatch):
+    monkeypatch.setattr(engines, "DaliEngine", object)
+    assert engines.engine_for(torch.device("cuda", 0)) == "dali"
+    assert engines.engine_for(torch.device("cpu")) == "kernels"
+    monkeypatch.setattr(engines, "DaliEngine", None)
+    assert engines.engine_for(torch.device("cuda", 0)) == "kernels"
 
 
 def test_dali_that_is_asked_for_and_absent_is_an_input_error(shard_set, monkeypatch):

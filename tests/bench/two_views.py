@@ -1,4 +1,4 @@
-"""Two views of each picture on the CPU: this project's loader, torchvision's and DALI's own.
+"""Two views of each picture on the CPU: this project's loaders, torchvision's and DALI's own.
 
     python tests/bench/two_views.py
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.loader import PairLoader
 from pipeline.make_shards import PackConfig, pack
 
-ROUNDS, BATCH, BATCHES = 5, 64, 12
+ROUNDS, BATCH, BATCHES = 5, 64, 20
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -100,9 +100,9 @@ def timed(next_batch: Callable[[], object]) -> float:
     return BATCH * BATCHES / (time.perf_counter() - started)
 
 
-def ours(shards: Path) -> float:
-    """This project's loader, DALI with a thread for each core."""
-    config = DataConfig(shards=shards, views="moco-v2", threads=CORES)
+def ours(shards: Path, engine: Literal["kernels", "dali"]) -> float:
+    """This project's loader with a thread for each core."""
+    config = DataConfig(shards=str(shards), views="moco-v2", threads=CORES, engine=engine)
     with PairLoader(config, global_batch=BATCH, seed=0, device=torch.device("cpu")) as loader:
         return timed(lambda: next(loader))
 
@@ -110,7 +110,9 @@ def ours(shards: Path) -> float:
 def torchvisions(folder: Path) -> float:
     """ImageFolder and DataLoader with a worker for each core."""
     data = ImageFolder(str(folder), TwoCrops())
-    sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=BATCH * 20)
+    sampler = torch.utils.data.RandomSampler(
+        data, replacement=True, num_samples=BATCH * (BATCHES + 2 + 2 * CORES)
+    )
     loader = iter(
         torch.utils.data.DataLoader(data, BATCH, sampler=sampler, num_workers=CORES, drop_last=True)
     )
@@ -172,7 +174,8 @@ def main() -> None:
         what = picture_folder(pictures)
         pack(PackConfig(source=str(pictures), output=shards), Console(quiet=True))
         sides = {
-            "mocostream": lambda: ours(shards),
+            "mocostream": lambda: ours(shards, "kernels"),
+            "mocostream, engine dali": lambda: ours(shards, "dali"),
             "torchvision": lambda: torchvisions(pictures),
             "dali": lambda: dalis(shards),
         }
@@ -189,7 +192,7 @@ def main() -> None:
             "range": [round(min(found), 1), round(max(found), 1)],
         }
         sys.stdout.write(json.dumps(line) + "\n")
-    for side in ("torchvision", "dali"):
+    for side in list(sides)[1:]:
         ratios = [a / b for a, b in zip(speeds["mocostream"], speeds[side], strict=True)]
         line = {"against": side, "rounds": ROUNDS, "ratio": round(statistics.median(ratios), 2)}
         line["range"] = [round(min(ratios), 2), round(max(ratios), 2)]  # type: ignore[assignment]
