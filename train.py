@@ -187,6 +187,7 @@ def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
     loss = loss * loss_scale(config)
     run.accelerator.backward(loss)
+    run.dictionary.settle()
     run.optimizer.step()
     run.optimizer.zero_grad()
     return loss.detach(), accuracy

@@ -5,7 +5,7 @@ Nothing else in ``model/`` knows about ranks.
 Letters in names: N images on this rank, B images on all ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,6 +48,25 @@ def gather(rows_N: Tensor, out_B: Tensor | None = None) -> Tensor:
     else:
         out_B.copy_(rows_N)
     return out_B
+
+
+def begin_gather(rows_N: Tensor, out_B: Tensor) -> Callable[[], Any]:
+    """``gather`` that goes on while other things are done.
+
+    Args:
+        rows_N: as many on every rank; contiguous, to be kept until the end.
+        out_B: contiguous place to write them to, not to be read before the end.
+
+    Returns:
+        What waits for the end.
+    """
+    if not is_distributed():
+        out_B.copy_(rows_N)
+        return lambda: None
+    work = dist.all_gather_into_tensor(out_B, rows_N, async_op=True)
+    assert work is not None
+    wait: Callable[[], Any] = work.wait
+    return wait
 
 
 def exchange(rows_N: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:

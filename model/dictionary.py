@@ -37,6 +37,9 @@ class Dictionary(nn.Module):
         """
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Wait for keys that are still on their way; after the backward pass of each step."""
+
     def plain_state(self) -> dict[str, int]:
         """What a checkpoint holds beside its buffers."""
         return {}

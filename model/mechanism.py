@@ -15,6 +15,8 @@ Letters in names: D embedding size.
 
 import math
 
+import torch
+
 from model.dictionary import Dictionary
 from model.end_to_end import BatchKeys, EndToEnd
 from model.key_queue import KeyQueue
@@ -39,7 +41,8 @@ def make_dictionary(config: MoCoConfig, dim: int, samples: int, seed: int) -> Di
         seed: of the run.
     """
     if config.mechanism == "queue":
-        return KeyQueue(config.queue, dim, seed)
+        dtype = getattr(torch, config.queue_dtype)
+        return KeyQueue(config.queue, dim, seed, dtype, overlaps=config.overlap_gather)
     if config.mechanism == "memory-bank":
         return MemoryBank(
             samples, dim, drawn=config.queue, momentum=config.bank_momentum, seed=seed

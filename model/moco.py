@@ -30,6 +30,10 @@ class MoCoConfig:
     with gradient. batch: MoCo v3, keys of the batch from the key encoder."""
     queue: int = 65_536
     """Length of the queue (K); of a memory bank as many entries are drawn at each step."""
+    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the keys in the queue; bfloat16 halves its memory."""
+    overlap_gather: bool = False
+    """Keys of other processes go into the queue during the backward pass."""
     momentum: float = 0.999
     """Of the key encoder (m)."""
     momentum_schedule: Literal["constant", "cosine"] = "constant"

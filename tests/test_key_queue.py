@@ -55,18 +55,59 @@ def test_a_push_writes_in_place_and_keeps_the_precision_of_the_queue():
     assert not queue.rows_KD.requires_grad
 
 
-def push_rank_by_rank(length, batch, steps):
+def push_rank_by_rank(length, batch, steps, pushes_at_once):
     """What a queue holds after keys that say their step and rank."""
-    queue, rank = KeyQueue(length, 2, seed=0), torch.distributed.get_rank()
+    queue = KeyQueue(length, 2, seed=0, overlaps=pushes_at_once > 0)
+    rank = torch.distributed.get_rank()
     for step in range(steps):
         queue.push(numbered_keys(100 * step + 10 * rank, batch))
+        if pushes_at_once and step % pushes_at_once == pushes_at_once - 1:
+            queue.settle()
+    queue.settle()
     return queue.rows_KD.tolist(), queue.place
 
 
+@pytest.mark.parametrize("pushes_at_once", [0, 1, 2, 5])
 @pytest.mark.parametrize(("length", "batch"), [(12, 3), (7, 2), (5, 4)])
-def test_keys_of_all_ranks_stand_in_every_queue_in_the_order_of_the_ranks(length, batch):
-    first, second = run_in_processes(2, push_rank_by_rank, length, batch, 5)
+def test_keys_of_all_ranks_stand_in_every_queue_in_the_order_of_the_ranks(
+    length, batch, pushes_at_once
+):
+    first, second = run_in_processes(2, push_rank_by_rank, length, batch, 5, pushes_at_once)
     alone = KeyQueue(length, 2, seed=0)
     for step in range(5):
         alone.push(torch.cat([numbered_keys(100 * step + 10 * rank, batch) for rank in range(2)]))
     assert first == second == (alone.rows_KD.tolist(), alone.place)
+
+
+def steps_with(settings, steps):
+    """Losses, gradients and rows of some steps, in the order of train.py."""
+    queue, rank = KeyQueue(21, 6, seed=0, **settings), torch.distributed.get_rank()
+    found = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        query_ND = torch.randn(4, 6, generator=generator, requires_grad=True)
+        key_ND = torch.randn(4, 6, generator=generator)
+        loss, _ = queue.contrast([(query_ND, key_ND), (query_ND, -key_ND)], 0.2, None, step)
+        loss.backward()
+        queue.settle()
+        found.append((loss.detach(), query_ND.grad, queue.rows_KD.clone()))
+    return found
+
+
+def test_an_overlapping_gather_gives_the_same_bits():
+    plain = run_in_processes(2, steps_with, {}, 12)
+    overlapping = run_in_processes(2, steps_with, {"overlaps": True}, 12)
+    torch.testing.assert_close(overlapping, plain, rtol=0, atol=0)
+
+
+def test_a_queue_in_bfloat16_holds_rounded_keys_and_the_loss_is_that_of_them():
+    rows = torch.nn.functional.normalize(torch.randn(16, 6), dim=1)
+    half, whole = KeyQueue(8, 6, 0, torch.bfloat16), KeyQueue(8, 6, 0)
+    half.push(rows)
+    whole.push(rows.bfloat16().float())
+    assert half.rows_KD.dtype == torch.bfloat16
+    torch.testing.assert_close(half.rows_KD.float(), whole.rows_KD, rtol=0, atol=0)
+    query_ND = torch.nn.functional.normalize(torch.randn(4, 6), dim=1)
+    losses = [queue.contrast([(query_ND, -query_ND)], 0.1, None, 0)[0] for queue in (half, whole)]
+    torch.testing.assert_close(*losses)
+    assert losses[0].dtype == torch.float32

@@ -205,6 +205,7 @@ FORMS = {
     "memory bank": ["--moco.mechanism", "memory-bank"],
     "end-to-end": ["--moco.mechanism", "end-to-end"],
     "symmetric": ["--moco.symmetric"],
+    "bfloat16, overlapping": ["--moco.queue-dtype", "bfloat16", "--moco.overlap-gather"],
     "batch, predictor, momentum to 1": [
         *("--moco.mechanism", "batch", "--moco.symmetric", "--moco.predictor", "--moco.loss-2t"),
         *("--moco.momentum-schedule", "cosine", "--moco.batch-norm", "sync"),
@@ -226,6 +227,7 @@ def test_every_mechanism_goes_on_bit_by_bit_after_a_resume(form, shard_set, tmp_
         "memory bank": {"encoder_q", "memory_bank", "optimiser"},
         "end-to-end": {"encoder_q", "optimiser"},
         "symmetric": {"encoder_q", "encoder_k", "queue", "optimiser"},
+        "bfloat16, overlapping": {"encoder_q", "encoder_k", "queue", "optimiser"},
         "batch, predictor, momentum to 1": {"encoder_q", "encoder_k", "predictor", "optimiser"},
     }
     assert set(first.tensors) == expected[form]
