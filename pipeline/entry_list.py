@@ -6,6 +6,7 @@ seed (no shuffled list exists anywhere). Memory does not grow with the number of
 that of the classes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,8 @@ class ListInfo:
     sha256: str
     classes: list[str]
     """Names in the order of the labels, of the entries that have one."""
+    largest_label: int
+    """Of those that are numbers; -1 where none is."""
     unlabelled: str
     """The first entry without a label, or ""."""
     ignored: int
@@ -96,14 +99,22 @@ def write_list(folder: Path, entries: Iterable[Entry | Ignored]) -> ListInfo:
         entries: in an order that depends on the source alone.
     """
     sha256 = hashlib.sha256()
-    places, stems = _Numbers(folder / "places"), _Numbers(folder / "stems")
     count = total_bytes = place = ignored = 0
     classes: set[str] = set()
-    unlabelled = ""
-    with (folder / "entries.jsonl").open("wb") as file, (folder / "ignored.jsonl").open("wb") as no:
+    unlabelled, largest = "", -1
+    with contextlib.ExitStack() as stack:
+        file, no = (
+            stack.enter_context((folder / name).open("wb"))
+            for name in ("entries.jsonl", "ignored.jsonl")
+        )
+        places, stems = (
+            stack.enter_context(contextlib.closing(_Numbers(folder / name)))
+            for name in ("places", "stems")
+        )
         for entry in entries:
             if isinstance(entry, Ignored):
-                _write_line(no, {"file": entry.name, "reason": entry.reason})
+                row = {"file": entry.name, "reason": entry.reason}
+                no.write(json.dumps(row).encode() + b"\n")
                 ignored += 1
                 continue
             line = json.dumps(entry, sort_keys=True).encode() + b"\n"
@@ -115,19 +126,15 @@ def write_list(folder: Path, entries: Iterable[Entry | Ignored]) -> ListInfo:
             count, total_bytes = count + 1, total_bytes + entry.size_bytes
             if isinstance(entry.label, str):
                 classes.add(entry.label)
-            elif entry.label is None and not unlabelled:
-                unlabelled = entry.name
-    places.add(place)
-    places.close()
-    stems.close()
+            elif entry.label is not None:
+                largest = max(largest, entry.label)
+            else:
+                unlabelled = unlabelled or entry.name
+        places.add(place)
     _shared_stems(folder / "stems").tofile(folder / "shared")
     (folder / "stems").unlink()
-    digest = sha256.hexdigest()
-    return ListInfo(folder, count, total_bytes, digest, sorted(classes), unlabelled, ignored)
-
-
-def _write_line(file: BinaryIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row).encode() + b"\n")
+    digest, names = sha256.hexdigest(), sorted(classes)
+    return ListInfo(folder, count, total_bytes, digest, names, largest, unlabelled, ignored)
 
 
 def _shared_stems(path: Path) -> UInts:

@@ -56,6 +56,12 @@ def as_location(text: str | Path) -> Path | str:
     return location
 
 
+def is_url(text: str) -> bool:
+    """Whether it begins like a URL that is served."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme in SCHEMES
+
+
 def split_hf(url: str) -> tuple[str, str | None, str]:
     """Repository, revision and path of an ``hf://`` URL.
 

@@ -2,9 +2,11 @@
 
     python pipeline/make_shards.py SOURCE OUTPUT
 
-SOURCE is a folder ``class/picture`` or a flat one. Every picture is decoded once; what is broken is
-left out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the same bytes,
-whatever the number of processes. The same command goes on with a packing that was stopped.
+SOURCE is a folder ``class/picture`` or a flat one, ImageNet's tars as they are downloaded,
+WebDataset shards, a table, a list or a data set of torchvision. Every picture is decoded once; what
+is broken is left out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the
+same bytes, whatever the number of processes. The same command goes on with a packing that was
+stopped.
 """
 
 import json
@@ -32,7 +34,8 @@ from pipeline.entry_list import ListInfo, write_list
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.program import InputError, available_cores, run_program
 from pipeline.shard_format import Manifest, atomic_file, write_manifest
-from pipeline.sources import Source, open_source
+from pipeline.source_kinds import open_source
+from pipeline.sources import Source, SourceConfig
 from pipeline.unfinished import (
     ShardResult,
     being_filled,
@@ -47,6 +50,7 @@ from pipeline.worker_pool import run_jobs
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
 IGNORED_NAME = "ignored.jsonl"
+LARGEST_LABEL = 10_000_000
 
 
 class TooManyRefusedError(InputError):
@@ -61,7 +65,8 @@ class PackConfig:
     """What to pack and how."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of pictures: class/picture, or flat."""
+    """Folder of pictures (class/picture, or flat); a tar, or a folder of tars; a table of paths
+    (.csv, .tsv, .jsonl, .parquet); torchvision:NAME[:SPLIT]; - for paths on standard input."""
     output: Annotated[Path, tyro.conf.Positional]
     """Folder for the shards: new, empty or left unfinished."""
     shard_mib: int = 256
@@ -76,6 +81,8 @@ class PackConfig:
     """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
     max_refused: float = 0.5
     """Give up, with exit code 3, when more than this share of the pictures was refused."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    """What a source does not say itself."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
     """What is too much for one picture."""
     form: Annotated[StoredForm, tyro.conf.arg(name="")] = field(default_factory=StoredForm)
@@ -200,11 +207,34 @@ def list_source(source: Source, folder: Path, config: PackConfig) -> ListInfo:
     return listed
 
 
+def classes_of(source: Source, listed: ListInfo, config: PackConfig) -> list[str]:
+    """Names in the order of the labels; where the labels are numbers, these.
+
+    Raises:
+        InputError: if some are numbers and others are names, or a number is beyond all reason.
+    """
+    if source.all_or_none and listed.unlabelled:
+        return []
+    if source.classes is not None:
+        return source.classes
+    if listed.largest_label < 0:
+        return listed.classes
+    if listed.classes:
+        raise InputError(
+            f"the labels of {config.source} are numbers ({listed.largest_label}) and names "
+            f"({listed.classes[0]!r}): give one or the other"
+        )
+    if listed.largest_label > LARGEST_LABEL:
+        raise InputError(
+            f"{config.source} has the label {listed.largest_label}, the limit is {LARGEST_LABEL}: "
+            "name the column of the label with --label-column"
+        )
+    return [str(number) for number in range(listed.largest_label + 1)]
+
+
 def plan_for(source: Source, listed: ListInfo, config: PackConfig) -> Plan:
     """Which classes and how many shards there will be."""
-    classes = source.classes if source.classes is not None else listed.classes
-    if source.all_or_none and listed.unlabelled:
-        classes = []
+    classes = classes_of(source, listed, config)
     return Plan(
         output=config.output,
         list_folder=listed.folder,
@@ -232,7 +262,7 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
     """
     started = time.monotonic()
     refuse_foreign(config.output)
-    source = open_source(config.source)
+    source = open_source(str(config.source), config.reading)
     part = config.part_name()
     with being_filled(config.output, part) as list_folder:
         listed = list_source(source, list_folder, config)

@@ -5,6 +5,7 @@ before any picture is read, so the bytes do not depend on the number of processe
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.entry_list import WHOLE_FILE, Entry, EntryList
+from pipeline.location import is_url
+from pipeline.remote_folder import Counters, RemoteError, RemoteFolder, RetryPolicy
 from pipeline.shard_format import NO_LABEL, Sample, index_name, write_shard
+from pipeline.torchvision_source import SCHEME, picture_of
 from pipeline.unfinished import ShardResult, shard_name, write_result
 from pipeline.validate import Limits, RefusedError, StoredForm, accept_picture, check_bytes
 from pipeline.worker_pool import advance
@@ -79,7 +83,7 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
     try:
         for key, entry in entries.read(*plan.places_of(job.number)):
             try:
-                data = read_picture(entry, plan.limits)
+                data, label = read_picture(entry, plan.limits)
                 accepted = accept_picture(data, plan.limits, plan.form)
             except OSError as error:
                 result.refused.append((entry.name, f"cannot be read: {error.strerror}"))
@@ -95,7 +99,7 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
                     picture=accepted.picture,
                     width=accepted.width,
                     height=accepted.height,
-                    label=_label(entry, labels),
+                    label=_number_of(label, labels),
                     metadata=metadata,
                 )
             result.pictures += 1
@@ -104,19 +108,43 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
         entries.close()
 
 
-def _label(entry: Entry, labels: dict[str, int]) -> int:
-    if isinstance(entry.label, int):
-        return entry.label
-    return labels.get(entry.label, NO_LABEL) if entry.label is not None else NO_LABEL
+def _number_of(label: str | int | None, labels: dict[str, int]) -> int:
+    if isinstance(label, str):
+        return labels.get(label, NO_LABEL)
+    return NO_LABEL if label is None else label
 
 
-def read_picture(entry: Entry, limits: Limits) -> bytes:
-    """The bytes of an entry; none are read of one that is too large.
+def read_picture(entry: Entry, limits: Limits) -> tuple[bytes, str | int | None]:
+    """The bytes of an entry and its label; none are read of one that is too large.
 
     Raises:
         OSError: if it cannot be read.
         RefusedError: if it is too large, or is cut off in the file that holds it.
     """
+    if entry.path.startswith(SCHEME):
+        try:
+            return picture_of(entry.path, entry.offset)
+        except Exception as error:  # a data set may raise anything for a picture
+            raise RefusedError(f"cannot be read: {error or type(error).__name__}") from error
+    data = _fetched(entry.path) if is_url(entry.path) else _file_bytes(entry, limits)
+    check_bytes(len(data), limits)
+    return data, entry.label
+
+
+def _fetched(url: str) -> bytes:
+    folder, _, name = url.rpartition("/")
+    try:
+        return _remote(folder).read(name)
+    except RemoteError as error:
+        raise RefusedError(f"cannot be fetched: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _remote(folder: str) -> RemoteFolder:
+    return RemoteFolder(folder, RetryPolicy(), Counters())
+
+
+def _file_bytes(entry: Entry, limits: Limits) -> bytes:
     handle = os.open(entry.path, os.O_RDONLY)
     try:
         whole = entry.offset == WHOLE_FILE

@@ -36,13 +36,18 @@ class Source:
     """What to say where there are none."""
 
 
-def open_source(source: str) -> Source:
-    """The source of that name.
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How a source is read that does not say everything itself."""
 
-    Raises:
-        InputError: if it is not there.
-    """
-    return image_folder(Path(source))
+    labels: Path | None = None
+    """Labels of a tar without them: the devkit of ILSVRC2012, or a text file."""
+    root: Path | None = None
+    """Folder of the paths in a table or a list, or of a torchvision data set."""
+    path_column: str = "path"
+    """Of a table: path or URL of the picture."""
+    label_column: str = "label"
+    """Of a table: name or number of the class, may be absent."""
 
 
 def image_folder(root: Path) -> Source:

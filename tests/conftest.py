@@ -12,10 +12,13 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from rich.console import Console
 
 from pipeline.entry_list import Entry, EntryList, write_list
+from pipeline.make_shards import PackConfig, pack
 from pipeline.picture_header import BadHeaderError, read_header
-from pipeline.shard_format import Sample, read_index, write_manifest, write_shard
+from pipeline.shard_format import FLAG_DROPPED, Sample, read_index, write_manifest, write_shard
+from pipeline.shard_store import ShardStore
 
 # A busy machine is no reason to fail: hypothesis would else stop examples above 0.2 s.
 settings.register_profile("any machine", deadline=None)
@@ -114,6 +117,39 @@ def resized_header(jpeg, width, height):
 def with_size():
     """``with_size(jpeg, width, height)`` gives a JPEG whose header lies."""
     return resized_header
+
+
+@pytest.fixture
+def pack_source(tmp_path):
+    """``pack_source(source, **settings)`` packs into a new folder and gives it."""
+
+    def pack_it(source, **settings):
+        output = tmp_path / f"packed{len(list(tmp_path.glob('packed*')))}"
+        config = PackConfig(source=str(source), output=output, workers=1, **settings)
+        pack(config, Console(quiet=True))
+        return output
+
+    return pack_it
+
+
+@pytest.fixture(scope="session")
+def samples_in():
+    """``samples_in(folder)`` gives the picture and the name of the class of each key."""
+
+    def read(folder):
+        store = ShardStore(folder)
+        classes = store.manifest.classes
+        return {
+            store.key(shard, index): (
+                store.picture(shard, index).tobytes(),
+                classes[record["label"]] if record["label"] >= 0 else None,
+            )
+            for shard in range(len(store.manifest.shards))
+            for index, record in enumerate(store.records(shard))
+            if not record["flags"] & FLAG_DROPPED
+        }
+
+    return read
 
 
 @pytest.fixture(scope="session")
