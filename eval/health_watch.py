@@ -123,4 +123,4 @@ def bars(counts: list[float]) -> str:
     """A histogram from -1 to 1 in half as many characters as bins; the highest bin is full."""
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
     most = max(pairs) or 1
-    return "".join(BLOCKS[math.ceil((len(BLOCKS) - 1) * pair / most)] for pair in pairs)
+    return f"-1│{''.join(BLOCKS[math.ceil((len(BLOCKS) - 1) * n / most)] for n in pairs)}│1"

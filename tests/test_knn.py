@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -245,6 +246,23 @@ def program(*words):
         except SystemExit as end:
             code = end.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.mark.parametrize("key_encoder", [False, True])
+def test_the_program_judges_another_projects_checkpoint(key_encoder, shard_set, tmp_path):
+    q, k = (timm.create_model("test_resnet", num_classes=0).state_dict() for _ in range(2))
+    both = {f"encoder_q.{n}": t for n, t in q.items()} | {f"encoder_k.{n}": t for n, t in k.items()}
+    torch.save({"state_dict": both, "epoch": 3}, tmp_path / "moco.pth")
+    result = tmp_path / "result.json"
+    sides = ("--resize-px", "32", "--crop-px", "32", "--device", "cpu", "--protocol.k", "1")
+    done = program("--weights", tmp_path / "moco.pth", "--timm", "test_resnet", "--train", shard_set,
+                   "--test", shard_set, "--json", result, *sides,
+                   *(["--key-encoder"] if key_encoder else []))  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    judged = json.loads(result.read_text())["judged"]
+    which = "key" if key_encoder else "query"
+    assert judged["encoder"] == f"official MoCo v1 or v2, {which} encoder, test_resnet"
+    assert judged["epoch"] == 3
 
 
 def test_the_program_prints_and_writes_the_score_of_a_timm_network(shard_set, tmp_path):

@@ -96,7 +96,7 @@ def test_a_look_at_the_dictionary_has_a_line_of_its_own(make_report, tmp_path):
     line = printed.getvalue().splitlines()[1]
     assert line == (
         "step 10: keys span 47.3 of 128 dimensions  uniformity -2.53  "
-        "own key 0.72                   ▄█  other keys 0.15           █           "
+        "own key 0.72 -1│                  ▄█│1  other keys 0.15 -1│          █         │1  "
         "age of keys 4.5 steps (oldest 8)  encoders apart 1.23%  false negatives 9.8%"
     )
     assert logged(tmp_path)[1] == {"step": 10, **HEALTH}

@@ -159,6 +159,18 @@ def lightly_sequential(query, key):
                  projection_head_momentum=named(layers=head())).state_dict()  # fmt: skip
 
 
+def lightly_own(network):
+    """lightly's own ResNet as a sequence: no layers between that have no tensors, shortcuts."""
+    numbers = {
+        name: str(n) for n, name in enumerate(("conv1", "bn1", *map("layer{}".format, range(1, 5))))
+    }
+    new = {"projection_head.0.weight": torch.ones(1)}
+    for name, tensor in network.state_dict().items():
+        first, _, rest = name.partition(".")
+        new[f"backbone.{numbers[first]}.{rest}".replace("downsample", "shortcut")] = tensor
+    return new
+
+
 CHECKPOINTS = {
     "moco": official_v2,
     "moco-v3": official_v3,
@@ -270,6 +282,13 @@ def test_a_small_stem_is_seen_and_solo_learns_padding_is_mentioned(tmp_path):
     weights = read_weights(saved(content, tmp_path))
     assert weights.network.stem == "cifar"
     assert "pads its 3x3 stem by 2" in weights.notes[0]
+
+
+def test_lightlys_own_resnet_is_numbered_without_gaps(tmp_path):
+    network = make_backbone(EncoderConfig(backbone="resnet18", stem="cifar")).eval()
+    weights = read_weights(saved(lightly_own(network), tmp_path))
+    assert weights.network == EncoderConfig(backbone="resnet18", stem="cifar")
+    assert_same_features(weights, network)
 
 
 @pytest.mark.parametrize(
