@@ -25,6 +25,7 @@ from pipeline.integer_hash import UInts, hash_of, permute
 WHOLE_FILE = -1
 # A USTAR name holds 100 characters; a suffix of 17 and an extension of 5 must fit behind the stem.
 KEY_STEM_LENGTH = 72
+DROPPED_NAME = "dropped"  # places in the list that are left out, as duplicates
 BUFFERED = 1 << 16  # values in memory before they are written
 STEMS_AT_ONCE = 1 << 20  # of which those that occur twice are looked for
 
@@ -166,18 +167,29 @@ class EntryList:
         self._shared = np.fromfile(folder / "shared", np.uint64)
         self._count = count
         self._order_key = hash_of(seed)
+        dropped = folder / DROPPED_NAME
+        self._dropped = set(np.fromfile(dropped, np.uint64).tolist() if dropped.exists() else ())
 
     def close(self) -> None:
         """Close the files."""
         os.close(self._lines)
         os.close(self._places)
 
+    def at(self, number: int) -> Entry:
+        """The entry at a place of the list itself."""
+        start, end = np.frombuffer(os.pread(self._places, 16, 8 * number), np.uint64).tolist()
+        return Entry(*json.loads(os.pread(self._lines, end - start, start)))
+
     def read(self, first: int, last: int) -> Iterator[tuple[str, Entry]]:
-        """Keys and entries at the places ``first`` to ``last - 1`` of the shuffled order."""
+        """Keys and entries at the places ``first`` to ``last - 1`` of the shuffled order.
+
+        Those that were dropped are passed over.
+        """
         places = np.arange(first, last, dtype=np.uint64)
         for number in permute(places, self._count, self._order_key).tolist():
-            start, end = np.frombuffer(os.pread(self._places, 16, 8 * number), np.uint64).tolist()
-            entry = Entry(*json.loads(os.pread(self._lines, end - start, start)))
+            if number in self._dropped:
+                continue
+            entry = self.at(number)
             at = np.searchsorted(self._shared, np.uint64(_stem_hash(entry.name)))
             is_shared = at < len(self._shared) and self._shared[at] == _stem_hash(entry.name)
             yield key_of(entry.name, is_shared=bool(is_shared)), entry

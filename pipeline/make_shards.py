@@ -14,12 +14,12 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+import numpy as np
 
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,7 +30,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.command_line import parse_flags
+from pipeline.curation import (
+    DUPLICATES_NAME,
+    print_jobs,
+    read_prints,
+    take_prints,
+    write_duplicates,
+)
 from pipeline.entry_list import ListInfo, write_list
+from pipeline.pack_config import PackConfig, TooManyRefusedError
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.program import InputError, available_cores, run_program
 from pipeline.shard_format import Manifest, atomic_file, write_manifest
@@ -44,8 +52,7 @@ from pipeline.unfinished import (
     refuse_foreign,
     take_up,
 )
-from pipeline.validate import Limits, StoredForm
-from pipeline.worker_pool import run_jobs
+from pipeline.worker_pool import Job, Result, run_jobs
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
@@ -53,83 +60,67 @@ IGNORED_NAME = "ignored.jsonl"
 LARGEST_LABEL = 10_000_000
 
 
-class TooManyRefusedError(InputError):
-    """Most of a source cannot be used, so it is likely not what it was meant to be."""
+@dataclass(frozen=True)
+class Bar:
+    """A progress bar: where it is drawn, of how many pictures, and how many are done already."""
 
-    exit_code = 3
-    keep_folder = True  # what was refused can be looked up in it
+    console: Console
+    total: int
+    ahead: int = 0
+    take: Callable[[int, Any], None] = lambda _, __: None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """What to pack and how."""
+def run_with_bar(
+    title: str, work: Callable[[Job], Result], jobs: list[Job], bar: Bar, config: PackConfig
+) -> None:
+    """Run jobs in parallel processes, with a progress bar that counts pictures."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pictures"),
+        TimeRemainingColumn(),
+    )
+    if not jobs:
+        return
+    with Progress(*columns, console=bar.console) as progress:
+        task = progress.add_task(title, total=bar.total, completed=bar.ahead)
+        run_jobs(
+            work,
+            jobs,
+            config.workers or available_cores(),
+            bar.take,
+            lambda done: progress.update(task, completed=bar.ahead + done),
+        )
+        progress.update(task, completed=bar.total)
 
-    source: Annotated[str, tyro.conf.Positional]
-    """Folder of pictures (class/picture, or flat); a tar, or a folder of tars; a table of paths
-    (.csv, .tsv, .jsonl, .parquet); torchvision:NAME[:SPLIT]; - for paths on standard input."""
-    output: Annotated[Path, tyro.conf.Positional]
-    """Folder for the shards: new, empty or left unfinished."""
-    shard_mib: int = 256
-    """Size of a shard, in MiB of source files, on average."""
-    shard_samples: int = 10_000
-    """Most pictures in a shard."""
-    seed: int = 0
-    """Of the order in which the pictures are packed."""
-    workers: int = 0
-    """Processes. 0: one for each core."""
-    part: str = ""
-    """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
-    max_refused: float = 0.5
-    """Give up, with exit code 3, when more than this share of the pictures was refused."""
-    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
-    """What a source does not say itself."""
-    limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
-    """What is too much for one picture."""
-    form: Annotated[StoredForm, tyro.conf.arg(name="")] = field(default_factory=StoredForm)
-    """How pictures are stored."""
 
-    def __post_init__(self) -> None:
-        for name in ("shard_mib", "shard_samples"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
-        if not 0 <= self.max_refused <= 1:
-            raise InputError(f"--max-refused {self.max_refused}: give a number from 0 to 1")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: give a number of at least 0")
-        if self.workers < 0:
-            raise InputError(
-                f"--workers {self.workers}: give 0 (all cores) or a number of processes"
-            )
-        self.part_of()
+def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
+    """Find the pictures that are there twice, if that is asked for.
 
-    def part_of(self) -> tuple[int, int]:
-        """Which part is packed, from 0, and of how many.
-
-        Raises:
-            InputError: if it is not written like 3/64.
-        """
-        if not self.part:
-            return 0, 1
-        number, _, count = self.part.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise InputError(f"--part {self.part}: give a part and their number, such as 3/64")
-        return int(number) - 1, int(count)
-
-    def part_name(self) -> str:
-        """What the files of this part are called apart from those of others."""
-        return f"-{self.part.replace('/', '-of-')}" if self.part else ""
-
-    def made_by(self) -> dict[str, Any]:
-        """The settings on which the bytes depend."""
-        return {
-            "program": "make_shards",
-            "seed": self.seed,
-            "shard_mib": self.shard_mib,
-            "shard_samples": self.shard_samples,
-            **vars(self.limits),
-            **vars(self.form),
-        }
+    Returns:
+        The digests of the other sources' lists.
+    """
+    curation = config.curation
+    if curation.duplicates == "keep":
+        return []
+    lists = []
+    for number, other in enumerate(curation.against):
+        folder = listed.folder / f"against{number}"
+        folder.mkdir()
+        lists.append(list_source(open_source(other, SourceConfig()), folder, other))
+    lists.append(listed)
+    look = curation.near_duplicates >= 0
+    jobs = [print_jobs(some, config.limits, look=look) for some in lists]
+    bar = Bar(console, sum(some.count for some in lists))
+    run_with_bar("comparing", take_prints, [job for some in jobs for job in some], bar, config)
+    prints = np.concatenate([read_prints(some) for some in jobs])
+    exact, near = write_duplicates(lists, prints, curation)
+    what = "duplicates left out" if curation.duplicates == "drop" else "duplicates kept"
+    console.print(
+        f"{exact:,} pictures with the bytes and {near:,} with the looks of others: {what}"
+    )
+    return [some.sha256 for some in lists[:-1]]
 
 
 def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Console) -> None:
@@ -138,17 +129,8 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
     Raises:
         TooManyRefusedError: as soon as it is certain.
     """
-    if not numbers:
-        return
     total = plan.count
     ahead = total - sum(last - first for first, last in map(plan.places_of, numbers))
-    columns = (
-        TextColumn("packing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pictures"),
-        TimeRemainingColumn(),
-    )
     refused: list[tuple[str, str]] = []
 
     def take(_: int, result: ShardResult) -> None:
@@ -157,16 +139,8 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
             write_rows(config.output / REFUSED_NAME, refused, "reason")
             raise too_many_refused(refused, total, config)
 
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("packing", total=total, completed=ahead)
-        run_jobs(
-            pack_shard,
-            [ShardJob(plan, number) for number in numbers],
-            config.workers or available_cores(),
-            take,
-            lambda done: progress.update(bar, completed=ahead + done),
-        )
-        progress.update(bar, completed=total)
+    jobs = [ShardJob(plan, number) for number in numbers]
+    run_with_bar("packing", pack_shard, jobs, Bar(console, total, ahead, take), config)
 
 
 def write_rows(path: Path, rows: Iterable[tuple[str, str]], what: str) -> None:
@@ -193,7 +167,7 @@ def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def list_source(source: Source, folder: Path, config: PackConfig) -> ListInfo:
+def list_source(source: Source, folder: Path, name: str) -> ListInfo:
     """Write down what is to be packed.
 
     Raises:
@@ -201,9 +175,7 @@ def list_source(source: Source, folder: Path, config: PackConfig) -> ListInfo:
     """
     listed = write_list(folder, source.entries)
     if not listed.count:
-        raise InputError(
-            f"the source {config.source} {source.empty} ({listed.ignored} other files)"
-        )
+        raise InputError(f"the source {name} {source.empty} ({listed.ignored} other files)")
     return listed
 
 
@@ -265,9 +237,14 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
     source = open_source(str(config.source), config.reading)
     part = config.part_name()
     with being_filled(config.output, part) as list_folder:
-        listed = list_source(source, list_folder, config)
+        listed = list_source(source, list_folder, config.source)
+        against = curate(listed, config, console)
         plan = plan_for(source, listed, config)
-        agreed = {"list": listed.sha256, "classes": plan.classes, "made_by": config.made_by()}
+        agreed = {
+            "lists": [listed.sha256, *against],
+            "classes": plan.classes,
+            "made_by": config.made_by(),
+        }
         take_up(config.output, agreed, part)
         number, parts = config.part_of()
         mine = range(number, plan.shards, parts)
@@ -306,8 +283,11 @@ def join(
     if len(refused) > config.max_refused * plan.count or not shards:
         raise too_many_refused(refused, plan.count, config)
     write_rows(config.output / CHANGED_NAME, sorted(changed), "change")
-    if listed.ignored:
-        shutil.copyfile(listed.folder / IGNORED_NAME, config.output / IGNORED_NAME)
+    for name in (IGNORED_NAME, DUPLICATES_NAME):
+        path = listed.folder / name
+        if path.exists() and path.stat().st_size:
+            with atomic_file(config.output / name) as file, path.open("rb") as found:
+                shutil.copyfileobj(found, file)
     manifest = write_manifest(config.output, shards, plan.classes, config.made_by())
     finish(config.output)
     console.print(report(plan, listed, manifest, refused, changed, seconds))

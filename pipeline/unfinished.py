@@ -22,7 +22,7 @@ from pipeline.shard_format import MANIFEST_NAME, ShardInfo, atomic_file, index_n
 
 WORK_NAME = ".packing"
 PLAN_NAME = "plan.json"
-OUR_LISTS = ("refused.jsonl", "changed.jsonl", "ignored.jsonl")
+OUR_LISTS = ("refused.jsonl", "changed.jsonl", "ignored.jsonl", "duplicates.jsonl")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from pipeline.picture_header import (
     read_header,
 )
 from pipeline.program import InputError
-from pipeline.transcode import EXIF_ORIENTATION, transcode
+from pipeline.transcode import EXIF_ORIENTATION, as_8_bit, transcode
 
 # Only the decoder of the format that the header names is asked, so that none is tried in vain and
 # those that run programs (EPS) never. The others are formats that picture_header does not know;
@@ -131,6 +131,26 @@ def accept_picture(data: bytes, limits: Limits, form: StoredForm) -> AcceptedPic
         bits = header.bits if header else 8
         picture, size, note = transcode(image, bits, size, form.quality)
         return AcceptedPicture(picture, *size, "; ".join([*changes, *note]))
+
+
+def decode_grey(data: bytes, limits: Limits, side_px: int) -> Image.Image:
+    """A picture in grey for looking at its coarse shapes; a JPEG at about ``side_px`` only.
+
+    Raises:
+        RefusedError: if it is broken, beyond the limits, or no picture.
+    """
+    header = _header(data)
+    if header:
+        check_size(header.width, header.height, limits)
+        check_scans(header, data)
+    with _reasons_of_pillow(header, limits):
+        formats = FORMATS[header.format] if header else OTHER_FORMATS
+        image = Image.open(io.BytesIO(data), formats=formats)
+        check_size(*image.size, limits)
+        image.draft("L", (side_px, side_px))
+        image.load()
+        grey, _ = as_8_bit(image, header.bits if header else 8)
+        return grey.convert("L")
 
 
 def check_bytes(count: int, limits: Limits) -> None:

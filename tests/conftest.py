@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.entry_list import Entry, EntryList, write_list
-from pipeline.make_shards import PackConfig, pack
+from pipeline.make_shards import pack
+from pipeline.pack_config import PackConfig
 from pipeline.picture_header import BadHeaderError, read_header
 from pipeline.shard_format import FLAG_DROPPED, Sample, read_index, write_manifest, write_shard
 from pipeline.shard_store import ShardStore

@@ -36,7 +36,8 @@ import simplejpeg
 import webdataset
 from rich.console import Console
 
-from pipeline.make_shards import PackConfig, pack
+from pipeline.make_shards import pack
+from pipeline.pack_config import PackConfig
 from pipeline.validate import StoredForm
 
 ROUNDS, PROCESSES, SHARD_MIB = 5, 2, 256

@@ -34,7 +34,8 @@ sys.path[0] = str(ROOT)
 
 from pipeline.data_config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.loader import PairLoader
-from pipeline.make_shards import PackConfig, pack
+from pipeline.make_shards import pack
+from pipeline.pack_config import PackConfig
 
 ROUNDS, BATCH, BATCHES = 5, 64, 20
 CORES = len(os.sched_getaffinity(0))

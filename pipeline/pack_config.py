@@ -1,0 +1,102 @@
+"""What to pack and how: every flag of make_shards."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.curation import CurationConfig
+from pipeline.program import InputError
+from pipeline.sources import SourceConfig
+from pipeline.validate import Limits, StoredForm
+
+
+class TooManyRefusedError(InputError):
+    """Most of a source cannot be used, so it is likely not what it was meant to be."""
+
+    exit_code = 3
+    keep_folder = True  # what was refused can be looked up in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """What to pack and how."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of pictures (class/picture, or flat); a tar, or a folder of tars; a table of paths
+    (.csv, .tsv, .jsonl, .parquet); torchvision:NAME[:SPLIT]; - for paths on standard input."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder for the shards: new, empty or left unfinished."""
+    shard_mib: int = 256
+    """Size of a shard, in MiB of source files, on average."""
+    shard_samples: int = 10_000
+    """Most pictures in a shard."""
+    seed: int = 0
+    """Of the order in which the pictures are packed."""
+    workers: int = 0
+    """Processes. 0: one for each core."""
+    part: str = ""
+    """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
+    max_refused: float = 0.5
+    """Give up, with exit code 3, when more than this share of the pictures was refused."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    """What a source does not say itself."""
+    curation: Annotated[CurationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=CurationConfig
+    )
+    """What to do with pictures that are there twice."""
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
+    """What is too much for one picture."""
+    form: Annotated[StoredForm, tyro.conf.arg(name="")] = field(default_factory=StoredForm)
+    """How pictures are stored."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_mib", "shard_samples"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if not 0 <= self.max_refused <= 1:
+            raise InputError(f"--max-refused {self.max_refused}: give a number from 0 to 1")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: give a number of at least 0")
+        if self.workers < 0:
+            raise InputError(
+                f"--workers {self.workers}: give 0 (all cores) or a number of processes"
+            )
+        self.part_of()
+        if self.part and self.curation.duplicates != "keep":
+            raise InputError(
+                f"--part {self.part} --duplicates {self.curation.duplicates}: a part does not see "
+                "the others' pictures; drop duplicates without parts, then pack the shards again"
+            )
+
+    def part_of(self) -> tuple[int, int]:
+        """Which part is packed, from 0, and of how many.
+
+        Raises:
+            InputError: if it is not written like 3/64.
+        """
+        if not self.part:
+            return 0, 1
+        number, _, count = self.part.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise InputError(f"--part {self.part}: give a part and their number, such as 3/64")
+        return int(number) - 1, int(count)
+
+    def part_name(self) -> str:
+        """What the files of this part are called apart from those of others."""
+        return f"-{self.part.replace('/', '-of-')}" if self.part else ""
+
+    def made_by(self) -> dict[str, Any]:
+        """The settings on which the bytes depend."""
+        return {
+            "program": "make_shards",
+            "seed": self.seed,
+            "shard_mib": self.shard_mib,
+            "shard_samples": self.shard_samples,
+            "duplicates": self.curation.duplicates,
+            "near_duplicates": self.curation.near_duplicates,
+            **vars(self.limits),
+            **vars(self.form),
+        }
