@@ -255,13 +255,14 @@ def test_the_program_judges_another_projects_checkpoint(key_encoder, shard_set, 
     torch.save({"state_dict": both, "epoch": 3}, tmp_path / "moco.pth")
     result = tmp_path / "result.json"
     sides = ("--resize-px", "32", "--crop-px", "32", "--device", "cpu", "--protocol.k", "1")
-    done = program("--weights", tmp_path / "moco.pth", "--timm", "test_resnet", "--train", shard_set,
-                   "--test", shard_set, "--json", result, *sides,
-                   *(["--key-encoder"] if key_encoder else []))  # fmt: skip
+    sets = ("--train", shard_set, "--test", shard_set, "--json", result)
+    which = ["--key-encoder"] if key_encoder else []
+    foreign = ("--weights", tmp_path / "moco.pth", "--timm", "test_resnet")
+    done = program(*foreign, *which, *sets, *sides)
     assert (done.code, done.err) == (0, "")
     judged = json.loads(result.read_text())["judged"]
-    which = "key" if key_encoder else "query"
-    assert judged["encoder"] == f"official MoCo v1 or v2, {which} encoder, test_resnet"
+    name = "key" if key_encoder else "query"
+    assert judged["encoder"] == f"official MoCo v1 or v2, {name} encoder, test_resnet"
     assert judged["epoch"] == 3
 
 
