@@ -9,7 +9,6 @@ with --resume goes on after an interruption. Results per recipe: README.md.
 Letters in names: N images on this process, D embedding size, H W pixels.
 """
 
-import math
 import os
 import signal
 import sys
@@ -35,7 +34,7 @@ from eval.meter import Meter
 from eval.run_config import TrainConfig, parse_arguments
 from eval.run_folder import find_start, trim_logs, write_settings
 from eval.run_report import RunReport
-from eval.sample_log import SampleLog
+from eval.step_log import StepLog
 from eval.tracking import track
 from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError
@@ -48,7 +47,9 @@ from model.optimiser import make_optimiser
 from model.run_state import RunState
 from model.saving import Saver
 from model.schedule import lr_at, momentum_at
-from model.stopping import Agreement, StopRequest, exit_code
+from model.step_guard import StepGuard
+from model.stopping import Agreement, StopRequest, exit_code, lost_rank_ends
+from model.watchdog import Watchdog
 from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
 from pipeline.loader import PairBatch, PairLoader
 from pipeline.order import Order
@@ -57,6 +58,7 @@ from pipeline.settings import to_plain
 from pipeline.shard_store import ShardStore
 
 
+@lost_rank_ends()
 def main() -> None:
     """One run, from the command line to its last checkpoint."""
     config = parse_arguments(sys.argv[1:], __doc__ or "")
@@ -112,9 +114,11 @@ def main() -> None:
             minutes=config.save_minutes,
             failed=partial(say_not_saved, console),
         )
-        health = watch_of(config, accelerator)
+        guard = StepGuard(moco, accelerator.scaler)
+        guard.skipped = found.state.get("skipped_steps", 0) if found else 0
+        watches = (watch_of(config, accelerator), guard)
         run = Run(
-            config, output, accelerator, loader, wrapped, dictionary, optimizer, saver, health
+            config, output, accelerator, loader, wrapped, dictionary, optimizer, saver, *watches
         )
         train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
     accelerator.end_training()
@@ -133,6 +137,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     saver: Saver
     health: HealthWatch
+    guard: StepGuard
 
 
 def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
@@ -142,22 +147,29 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
     meter = Meter(config.batch)
     report = open_report(run, first_step, total_steps, console)
     step, stopped_by = first_step, 0
-    with report, open_sample_log(run, first_step) as samples:
+    samples, skipped = (open_log(run, name, first_step) for name in ("samples", "skipped"))
+    watchdog = Watchdog(
+        run.output / f"hang-{run.accelerator.process_index}.txt", config.hang_seconds
+    )
+    with report, samples, skipped, watchdog:
         while step < total_steps and not stopped_by:
             with meter.waiting_for_data():
                 batch = next(run.loader)
-            epoch_steps = run.loader.order.steps_per_epoch
-            lr = lr_at(config.optimiser, step, total_steps, epoch_steps, config.batch)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_lr(run, step, total_steps)
             set_momentum(run, step, total_steps)
             is_last = step + 1 == total_steps
             is_logged = is_due(step + 1, config.log_every) or is_last
             loss, accuracy = train_step(run, batch)
             step += 1
-            samples.write(step, batch.sample_N)
-            if is_logged:
-                values = reduced(run.accelerator, step, loss=loss, pretext_accuracy=accuracy)
+            watchdog.beat()
+            if config.log_samples:
+                samples.write(step, batch.sample_N)
+            if run.guard.in_a_row:
+                skipped.write(step, batch.sample_N)
+                report.skipped(step, run.guard.skipped)
+                refuse_more_skips(run, step)
+            elif is_logged:
+                values = reduced(run.accelerator, loss=loss, pretext_accuracy=accuracy)
                 report.steps(step, values | meter.read() | {"learning_rate": lr})
                 report_health(run, report, step)
             stopped_by, save_wanted = agreement.on(stop.signal, run.saver.is_wanted())
@@ -165,9 +177,15 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
                 if is_due(step, config.save_every) or is_last or stopped_by or save_wanted:
                     run.saver.save(step, identity(run))
                 if config.knn_train and (is_due(step, config.knn_every) or is_last):
-                    report_knn(run, report, step)
+                    with watchdog.paused():
+                        report_knn(run, report, step)
         report.finish()
         run.saver.finish()
+    say_the_end(run, step, total_steps, stopped_by, console)
+
+
+def say_the_end(run: Run, step: int, total_steps: int, stopped_by: int, console: Console) -> None:
+    """Say how the loop ended, and leave with the code for it where that was not the end."""
     if stopped_by and step < total_steps:
         console.print(
             f"stopped by {signal.Signals(stopped_by).name} after step {step} of {total_steps} and "
@@ -182,15 +200,25 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
 def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
     config = run.config.moco
+    run.guard.begin()
     pairs = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
     run.health.look(batch.step, pairs, run.dictionary, batch.sample_N, batch.label_N)
     loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
     loss = loss * loss_scale(config)
     run.accelerator.backward(loss)
     run.dictionary.settle()
-    run.optimizer.step()
+    run.guard.step(run.optimizer)
     run.optimizer.zero_grad()
     return loss.detach(), accuracy
+
+
+def set_lr(run: Run, step: int, total_steps: int) -> float:
+    """Give the optimiser its learning rate of a step, and return it."""
+    config, epoch_steps = run.config, run.loader.order.steps_per_epoch
+    lr = lr_at(config.optimiser, step, total_steps, epoch_steps, config.batch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def set_momentum(run: Run, step: int, total_steps: int) -> None:
@@ -217,19 +245,24 @@ def say_not_saved(console: Console, step: int, error: OSError) -> None:
     )
 
 
-def reduced(accelerator: Accelerator, step: int, **values: Tensor) -> dict[str, float]:
-    """Means over all processes, on the host; the only place where the loop waits for the device.
+def refuse_more_skips(run: Run, step: int) -> None:
+    """End a run that has lost its way.
 
     Raises:
-        InputError: if a value is not finite.
+        InputError: if as many steps in a row as --max-skipped were left out.
     """
-    means = {name: float(accelerator.reduce(value, "mean")) for name, value in values.items()}
-    if not all(math.isfinite(value) for value in means.values()):
+    count = run.guard.in_a_row
+    if count >= run.config.max_skipped:
         raise InputError(
-            f"the loss is {means['loss']} after step {step}, the run has diverged: start it again "
-            "with a lower --optimiser.lr, or with --precision no"
+            f"no finite gradient in {count} steps in a row, {step - count + 1} to {step}, whose "
+            f"samples are in {run.output}/skipped-*.jsonl: the run has diverged; go on from its "
+            "last checkpoint with --precision no, or start again with a lower --optimiser.lr"
         )
-    return means
+
+
+def reduced(accelerator: Accelerator, **values: Tensor) -> dict[str, float]:
+    """Means over all processes, on the host."""
+    return {name: float(accelerator.reduce(value, "mean")) for name, value in values.items()}
 
 
 def watch_of(config: TrainConfig, accelerator: Accelerator) -> HealthWatch:
@@ -280,6 +313,7 @@ def identity(run: Run) -> dict[str, Any]:
     order = run.loader.order
     return {
         "config": to_plain(run.config),
+        "skipped_steps": run.guard.skipped,
         "data": {
             "manifest_sha256": run.loader.store.manifest.sha256,
             "samples": order.samples,
@@ -304,11 +338,12 @@ def open_report(run: Run, first_step: int, total_steps: int, console: Console) -
     )
 
 
-def open_sample_log(run: Run, first_step: int) -> SampleLog:
-    """The log of this process's samples, where the settings ask for one."""
+def open_log(run: Run, name: str, first_step: int) -> StepLog:
+    """A log of this process's samples."""
     accelerator = run.accelerator
-    folder = run.output if run.config.log_samples else None
-    return SampleLog(folder, accelerator.process_index, accelerator.num_processes, first_step)
+    return StepLog(
+        run.output, name, accelerator.process_index, accelerator.num_processes, first_step
+    )
 
 
 def introduce(

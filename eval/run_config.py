@@ -24,16 +24,8 @@ from pipeline.settings import from_plain, to_plain
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
-    *(
-        "resume",
-        "output",
-        "log_every",
-        "health_every",
-        "log_samples",
-        "save_every",
-        "save_minutes",
-        "keep",
-    ),
+    *("resume", "output", "log_every", "log_samples", "health_every", "max_skipped"),
+    *("save_every", "save_minutes", "keep", "hang_seconds"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *(
         "data.shards",
@@ -80,6 +72,11 @@ class TrainConfig:
     """Steps between checkpoints; the last step has one always."""
     save_minutes: float = 0.0
     """Minutes since the last checkpoint after which there is one, whatever the step. 0: never."""
+    max_skipped: int = 20
+    """End the run after so many steps in a row without a finite gradient; each is left out."""
+    hang_seconds: float = 540.0
+    """End a process that does no step for so long, with its threads' stacks in hang-RANK.txt, to be
+    started again. Below the ten minutes after which NCCL gives up. 0: never."""
     keep: int = 3
     """Checkpoints that stay, at least 2."""
     knn_train: str | None = None
@@ -90,7 +87,7 @@ class TrainConfig:
     """Steps between kNN scores."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "log_every", "save_every", "knn_every"):
+        for name in ("batch", "log_every", "save_every", "knn_every", "max_skipped"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
@@ -98,8 +95,10 @@ class TrainConfig:
             raise InputError(f"--health-every {self.health_every}: give 0 or more")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: give a number of at least 1")
-        if not 0 <= self.save_minutes < math.inf:
-            raise InputError(f"--save-minutes {self.save_minutes}: give 0 or a number above it")
+        for name in ("save_minutes", "hang_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: give 0 or a number above it")
         if not 0 < self.epochs < math.inf:
             raise InputError(f"--epochs {self.epochs}: give a number above 0")
         if (self.knn_train is None) != (self.knn_test is None):

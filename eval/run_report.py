@@ -126,6 +126,11 @@ class RunReport:
             self.note(f"step {step}: " + "  ".join(f"{n} {v}" for n, v in self._health))
         self._raise(step, self._alarms.look(step, {**self._latest, **values}))
 
+    def skipped(self, step: int, count: int) -> None:
+        """Report a step that was left out; ``count`` of them since the run's first step."""
+        self._write(step, {"skipped_steps": count})
+        self.note(f"step {step}: its gradient is not finite, left out ({count} so far)")
+
     def knn(self, step: int, top1: float) -> None:
         """Report a kNN score of the encoder as it is after ``step`` steps, in [0, 1]."""
         self._knn = top1

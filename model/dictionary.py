@@ -48,6 +48,12 @@ class Dictionary(nn.Module):
         """The inverse of ``plain_state``; other entries are ignored."""
 
 
+def finite(key_ND: Tensor) -> Tensor:
+    """Keys as a dictionary takes them: one that is not finite is zeros, and so like nothing."""
+    is_finite_N1 = key_ND.isfinite().all(dim=1, keepdim=True)
+    return torch.where(is_finite_N1, key_ND, torch.zeros_like(key_ND))
+
+
 def over_pairs(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The sum of the losses and the mean of the accuracies."""
     losses, accuracies = zip(*found, strict=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import begin_gather, world_size
-from model.dictionary import Dictionary, Pairs, over_pairs
+from model.dictionary import Dictionary, Pairs, finite, over_pairs
 from model.info_nce import info_nce_with_accuracy
 
 
@@ -93,7 +93,7 @@ class KeyQueue(Dictionary):
         """
         length = len(self.rows_KD)
         count = len(key_ND) * world_size()
-        key_ND = key_ND.detach().to(self.rows_KD.dtype).contiguous()
+        key_ND = finite(key_ND.detach().to(self.rows_KD.dtype)).contiguous()
         if sum(len(coming_BD) for _, _, coming_BD, _ in self._coming) + count > length:
             self.settle()  # else two writes of the same rows were on their way
         fits = self.place + count <= length

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import gather
-from model.dictionary import Dictionary, Pairs, over_pairs
+from model.dictionary import Dictionary, Pairs, finite, over_pairs
 from model.info_nce import info_nce_with_accuracy
 from model.moco import QueryEncoder
 
@@ -83,7 +83,7 @@ class MemoryBank(Dictionary):
             for query_ND, _ in pairs
         ]
         for _, key_ND in pairs:
-            self.move(own_B, gather(key_ND.to(self.rows_SD.dtype)))
+            self.move(own_B, gather(finite(key_ND.to(self.rows_SD.dtype))))
         return over_pairs(found)
 
     @torch.no_grad()

@@ -1,8 +1,11 @@
 """Stopping on a signal, and what else all ranks must do after the same step."""
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -39,6 +42,35 @@ class StopRequest:
 def exit_code(number: int) -> int:
     """What a stopped run leaves with: 130 after Ctrl-C, else the code that asks for a restart."""
     return 128 + number if number == signal.SIGINT else RESTART_CODE
+
+
+# What the back ends say when the process at the other end is gone; they have no class for it.
+LOST = re.compile(
+    r"Connection (closed|reset) by|Broken pipe|Socket (Timeout|closed)|remote process (exited|has)"
+    r"|NCCL communicator was aborted|Connection refused|wait timeout|Timed out waiting",
+    re.IGNORECASE,
+)
+
+
+def has_lost_a_rank(error: BaseException) -> bool:
+    """Whether an error of a collective says that another process of the run is gone."""
+    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+
+
+@contextmanager
+def lost_rank_ends() -> Iterator[None]:
+    """Around a run: when another process of it is gone, end in one line, to be started again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not has_lost_a_rank(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        sys.stderr.write(
+            f"[rank {os.environ.get('RANK', '0')}] another process of this run is gone: ended, "
+            f"--resume goes on from the last checkpoint ({reason})\n"
+        )
+        sys.exit(RESTART_CODE)
 
 
 class Agreement:

@@ -33,6 +33,7 @@ from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
+from model.step_guard import StepGuard
 from model.stopping import STOPPING
 from pipeline.loader import PairBatch
 
@@ -146,7 +147,8 @@ def tiny_run(tmp_path):
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), **settings)
     accelerator = Accelerator()
     wrapped, optimizer = accelerator.prepare(moco, optimizer)
-    return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, None, NO_LOOKS)
+    rest = (None, NO_LOOKS, StepGuard(moco, None))
+    return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, *rest)
 
 
 def pairs_of_views(steps):
@@ -523,8 +525,13 @@ def test_a_queue_that_is_long_for_the_data_is_noted(shard_set, tmp_path):
 
 def test_a_run_that_diverges_ends_with_one_line(shard_set, tmp_path):
     words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "9")
-    done = command(*TINY, *words, "--optimiser.lr", "1e30")
+    done = command(*TINY, *words, "--optimiser.lr", "1e30", "--max-skipped", "3")
     assert done.code == 2
+    assert "no finite gradient in 3 steps in a row, 2 to 4" in done.err
+    path = tmp_path / "run" / "skipped-0.jsonl"
+    skipped = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in skipped] == [2, 3, 4]
+    assert all(len(line["samples"]) == 8 for line in skipped)
     assert len(done.err.splitlines()) == 1
     assert "the run has diverged" in done.err
     assert "--optimiser.lr" in done.err

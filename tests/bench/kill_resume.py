@@ -4,8 +4,9 @@
 
 Final weights, optimiser and queue, the logged losses and the log of sample ids must be equal bit
 by bit. Kills are drawn by ``--seed``: while a run starts, between and in steps, while a checkpoint
-is written; both processes at once, one shortly after the other, or one alone, which must end the
-other. Prints a JSON line per cycle and a last one with ``cycles`` and ``equal``.
+is written; both processes at once, one shortly after the other, or one alone, after which the other
+must end by itself with the exit code that asks for a restart. Prints a JSON line per cycle and a
+last one with ``cycles`` and ``equal``.
 
 The processes are forks (``tests/forked_run.py``) and run ``train.py``, whole, over gloo.
 """
@@ -24,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from eval.sample_log import LOG_NAMES, global_batches
+from eval.step_log import global_batches, logs_of
 from model.checkpoint import checkpoint_folders, file_sha256
+from model.stopping import RESTART_CODE as LOST
 from tests.forked_run import PATIENCE_S, RUN_S, Life, write_set
 
 AIM_STEPS, STEPS_PER_CYCLE = 8, 20  # so that the run outlasts all cycles
@@ -52,8 +54,8 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random) -> dict[
     ranks = draw.choice([[0, 1], [1, 0], [0], [1]])
     life.kill(ranks, draw.choice([0.0, 0.003]))
     codes = life.end(PATIENCE_S)
-    if any(codes[rank] != -signal.SIGKILL for rank in ranks) or 0 in codes:
-        raise SystemExit(f"the run ended by itself with {codes}: see {run}.*.log")
+    if [c for rank, c in enumerate(codes) if c != (-signal.SIGKILL if rank in ranks else LOST)]:
+        raise SystemExit(f"after a kill of {ranks} the run ended with {codes}: see {run}.*.log")
     return {"aim": aim, "killed": ranks, "exit_codes": codes, "half_written": life.is_saving(),
             "newest": newest_step(run)}  # fmt: skip
 
@@ -68,7 +70,7 @@ def contents(run: Path, steps: int) -> dict[str, object]:
         "queue_place": state["queue_place"],
         "optimiser": state["optimiser"],
         "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
-        **{path.name: path.read_text() for path in run.glob(LOG_NAMES)},
+        **{path.name: path.read_text() for path in logs_of(run, "samples")},
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from eval.sample_log import global_batches
+from eval.step_log import global_batches
 from tests.forked_run import RUN_S, Life, write_set
 
 WORLDS, STEPS, STEPS_OF_A_PART = (1, 4, 2), 24, 7  # three epochs of eight steps

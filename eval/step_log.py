@@ -1,40 +1,36 @@
-"""Which samples a run has trained on, step by step: one JSON line per step and process.
+"""Which samples a run has trained on (``--log-samples``), and those of steps left out.
 
-Off unless asked for (``--log-samples``): what it says follows from seed and step, and this is how
-to check that it does. It survives a kill at any moment, because a resume cuts it to the step that
-it resumes from.
+One JSON line per step, one file per process. A log survives a kill at any moment, because a resume
+cuts it to the step that it resumes from. What was trained on follows from seed and step; the log is
+how to check that it does.
 """
 
 import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from eval.run_report import step_of
 
-LOG_NAMES = "samples-*.jsonl"
 
-
-class SampleLog:
-    """Appends to ``samples-RANK.jsonl`` in the folder of a run; a context that closes it.
+class StepLog:
+    """Appends to ``NAME-RANK.jsonl``, which the first line makes; a context that closes it.
 
     Args:
-        run: the folder; None where nothing is to be logged.
+        run: folder of the run.
+        name: what is logged.
         rank: of this process.
         world: number of processes. The first one cuts the logs of ranks that are no more.
         first_step: steps done before; what was logged after them is dropped.
     """
 
-    def __init__(self, run: Path | None, rank: int, world: int, first_step: int) -> None:
-        self._file = None
-        if run is None:
-            return
-        own = run / f"samples-{rank}.jsonl"
-        for path in run.glob(LOG_NAMES) if rank == 0 else [own]:
-            if path == own or int(path.stem.partition("-")[2]) >= world:
+    def __init__(self, run: Path, name: str, rank: int, world: int, first_step: int) -> None:
+        self._path = run / f"{name}-{rank}.jsonl"
+        self._file: TextIO | None = None
+        for path in logs_of(run, name) if rank == 0 else [self._path]:
+            if path == self._path or rank_of(path) >= world:
                 cut(path, first_step)
-        self._file = own.open("a")
 
     def __enter__(self) -> Self:
         return self
@@ -55,9 +51,20 @@ class SampleLog:
             step: steps done.
             sample_N: numbers of the samples in the set, in the order of the batch, NumPy int64.
         """
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, "samples": sample_N.tolist()}) + "\n")
-            self._file.flush()  # to the system, so that a kill of this process loses nothing
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps({"step": step, "samples": sample_N.tolist()}) + "\n")
+        self._file.flush()  # to the system, so that a kill of this process loses nothing
+
+
+def logs_of(run: Path, name: str) -> list[Path]:
+    """The logs of a name, in the order of the ranks."""
+    return sorted(run.glob(f"{name}-*.jsonl"), key=rank_of)
+
+
+def rank_of(path: Path) -> int:
+    """The rank that a log's name ends in."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def cut(path: Path, step: int) -> None:
@@ -75,9 +82,8 @@ def cut(path: Path, step: int) -> None:
 
 def global_batches(run: Path) -> dict[int, list[int]]:
     """For each step done, the samples of its whole batch, in the order of the ranks."""
-    logs = sorted(run.glob(LOG_NAMES), key=lambda path: int(path.stem.partition("-")[2]))
     batches: dict[int, list[int]] = {}
-    for path in logs:
+    for path in logs_of(run, "samples"):
         for line in path.read_text().splitlines():
             logged = json.loads(line)
             batches.setdefault(logged["step"], []).extend(logged["samples"])

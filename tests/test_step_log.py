@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from eval.sample_log import SampleLog, cut, global_batches
+from eval.step_log import StepLog, cut, global_batches
 from pipeline.order import Order
 
 
 def write(run, rank, world, first_step, steps):
     """Steps ``first_step + 1`` to ``steps`` of one rank, as a run has them."""
     order = Order(np.array([9, 20, 11]), 8, 0, 4, 16)
-    with SampleLog(run, rank, world, first_step) as log:
+    with StepLog(run, "samples", rank, world, first_step) as log:
         for step in range(first_step, steps):
             log.write(step + 1, order.batch(step, rank, world).sample)
 
@@ -42,7 +42,6 @@ def test_one_then_four_then_two_processes_log_the_batches_of_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # ranks 2 and 3 did steps 5 to 7
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(None, 0, 1, 0, 3)
+def test_a_log_of_which_no_line_is_written_is_no_file(tmp_path):
+    write(tmp_path, 0, 1, 0, 0)
     assert not list(tmp_path.iterdir())
