@@ -1,18 +1,19 @@
-"""Look after shards: index tars that other software wrote, verify any set.
+"""Look after shards: index tars that other software wrote, verify any set, see what it holds.
 
 python pipeline/check_shards.py index SHARDS...
 python pipeline/check_shards.py verify SET
+python pipeline/check_shards.py stats SET
+python pipeline/check_shards.py drop SET KEYS...
+python pipeline/check_shards.py export-idx SET
+python pipeline/check_shards.py sample SET FOLDER
 """
 
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import Any
 
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,7 +23,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.check_config import (
+    Command,
+    DropConfig,
+    ExportIdxConfig,
+    IndexConfig,
+    SampleConfig,
+    StatsConfig,
+    VerifyConfig,
+)
 from pipeline.command_line import parse_flags
+from pipeline.drop_samples import FoundKeys, drop, find_jobs, find_keys, read_keys
+from pipeline.export_set import export_indexes, write_samples
 from pipeline.foreign_shards import IndexedShard, IndexRules, index_shard
 from pipeline.index_set import (
     JOURNAL_NAME,
@@ -35,63 +47,11 @@ from pipeline.index_set import (
     write_set,
 )
 from pipeline.program import InputError, available_cores, run_program
-from pipeline.shard_format import Manifest
+from pipeline.set_stats import draw_stats, gather, rows_of
+from pipeline.shard_format import Manifest, read_manifest
+from pipeline.shard_store import ShardStore
 from pipeline.verify_set import Fault, ShardCheck, check_jobs, verify_shard
 from pipeline.worker_pool import Job, Result, run_jobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Which tars to index and how."""
-
-    shards: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """WebDataset tars, or folders of them; {000..123} and {a,b} stand for several."""
-    output: Path | None = None
-    """Folder for indexes and manifest. None: beside the tars."""
-    decode: bool = False
-    """Decode every picture, and leave out what fails."""
-    label_key: str | None = None
-    """Label in the json of a sample. None: its .cls, where there is one."""
-    workers: int = 0
-    """Processes. 0: one for each core."""
-
-    def __post_init__(self) -> None:
-        require_workers(self.workers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
-    """Which set to verify."""
-
-    shards: Annotated[Path, tyro.conf.Positional]
-    """Folder with a manifest."""
-    workers: int = 0
-    """Processes. 0: one for each core."""
-
-    def __post_init__(self) -> None:
-        require_workers(self.workers)
-
-
-Command = (
-    Annotated[
-        IndexConfig,
-        tyro.conf.subcommand(
-            "index", description="One pass over WebDataset tars; afterwards train.py takes them."
-        ),
-    ]
-    | Annotated[
-        VerifyConfig,
-        tyro.conf.subcommand(
-            "verify", description="Compare tars and indexes with what the manifest says."
-        ),
-    ]
-)
-
-
-def require_workers(workers: int) -> None:
-    """Refuse a number of processes below 0."""
-    if workers < 0:
-        raise InputError(f"--workers {workers}: give 0 (all cores) or a number of processes")
 
 
 def run_with_bar(
@@ -191,7 +151,7 @@ def verify(config: VerifyConfig, console: Console) -> None:
     Raises:
         InputError: if it differs; what and where is printed before.
     """
-    checks: list[ShardCheck] = check_jobs(config.shards)
+    checks: list[ShardCheck] = check_jobs(config.shards, config.decode)
     faults: list[Fault] = []
     total = sum(check.info.bytes for check in checks)
     run_with_bar(console, "verifying", verify_shard, checks, config.workers, total, faults.extend)
@@ -207,14 +167,77 @@ def verify(config: VerifyConfig, console: Console) -> None:
     console.print(f"{samples:,} pictures in {len(checks):,} shards are as the manifest says")
 
 
+def stats(config: StatsConfig, console: Console) -> None:
+    """Describe a set."""
+    store = ShardStore(config.shards)
+    found = gather(store)
+    table = Table(show_header=False, title="set", title_justify="left")
+    for title, text in rows_of(found, store.manifest):
+        table.add_row(title, text)
+    console.print(table)
+    for line in found.unread:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if config.picture:
+        draw_stats(found, config.picture)
+        console.print(f"histograms: {config.picture}", markup=False, soft_wrap=True)
+    store.close()
+
+
+def drop_keys(config: DropConfig, console: Console) -> None:
+    """Drop pictures by their keys.
+
+    Raises:
+        InputError: if a key is not in the set; nothing is changed then.
+    """
+    keys = read_keys(config.drop, config.keys)
+    jobs = find_jobs(config.shards, keys)
+    found: list[FoundKeys] = []
+    total = sum(shard.bytes for shard in read_manifest(config.shards).shards)
+    run_with_bar(console, "looking", find_keys, jobs, config.workers, total, found.append)
+    missing = sorted(keys - {key for shard in found for key in shard.keys})
+    if missing:
+        raise InputError(
+            f"{config.shards} has no picture {missing[0]!r} ({len(missing)} of {len(keys)} keys "
+            "are not there): nothing was changed"
+        )
+    drop(config.shards, found, erase=config.erase)
+    count = sum(len(shard.keys) for shard in found)
+    how = "dropped and erased" if config.erase else "dropped"
+    manifest = read_manifest(config.shards)
+    line = f"{count:,} pictures {how}; the set is now {manifest.sha256[:12]}"
+    console.print(line, highlight=False)
+
+
+def export_idx(config: ExportIdxConfig, console: Console) -> None:
+    """Write text indexes."""
+    output = config.output or config.shards
+    count = sum(1 for _ in export_indexes(config.shards, output))
+    console.print(f"{count:,} .idx files in {output}", markup=False, soft_wrap=True)
+
+
+def sample(config: SampleConfig, console: Console) -> None:
+    """Write pictures out."""
+    store = ShardStore(config.shards)
+    written, bad = write_samples(store, config.output, config.count, config.seed)
+    more = f", {bad:,} passed over because they cannot be used" if bad else ""
+    line = f"{written:,} pictures in {config.output}{more}"
+    console.print(line, markup=False, soft_wrap=True)
+    store.close()
+
+
 def main() -> None:
     """Parse the command line and do what it says."""
-    config: IndexConfig | VerifyConfig = parse_flags(Command, __doc__)  # type: ignore[arg-type]
+    config: Any = parse_flags(Command, __doc__)  # type: ignore[arg-type]
     console = Console()
-    if isinstance(config, IndexConfig):
-        index(config, console)
-    else:
-        verify(config, console)
+    commands: dict[type, Callable[[Any, Console], object]] = {
+        IndexConfig: index,
+        VerifyConfig: verify,
+        StatsConfig: stats,
+        DropConfig: drop_keys,
+        ExportIdxConfig: export_idx,
+        SampleConfig: sample,
+    }
+    commands[type(config)](config, console)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,14 @@ def write_manifest(
     return read_manifest(folder)
 
 
+def rewrite_shards(path: Path, shards: Iterable[ShardInfo]) -> None:
+    """Give a manifest other lines for its shards and leave the rest as it is."""
+    content = json.loads(path.read_bytes())
+    content["shards"] = [asdict(shard) for shard in shards]
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What ``folder`` holds.
 

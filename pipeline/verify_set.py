@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from pipeline.foreign_shards import sha256_of
+from pipeline.integer_hash import hash_of, uniform
 from pipeline.location import tars_location
 from pipeline.program import InputError
-from pipeline.shard_format import ShardInfo, index_name, read_manifest
+from pipeline.shard_format import FLAG_DROPPED, ShardInfo, index_name, read_manifest
 from pipeline.shard_store import BadSampleError, ShardStore
+from pipeline.validate import Limits, RefusedError, decode_grey
 
+FULL_SIZE = 1 << 20  # no decoder leaves anything out for a picture of so many pixels a side
 FAULTS_OF_A_SHARD = 20  # named one by one
 
 
@@ -19,6 +24,8 @@ class ShardCheck(NamedTuple):
     tars: Path
     number: int
     info: ShardInfo
+    decode: float
+    """The share of its pictures that are decoded as well."""
 
 
 class Fault(NamedTuple):
@@ -28,7 +35,7 @@ class Fault(NamedTuple):
     what: str
 
 
-def check_jobs(folder: Path) -> list[ShardCheck]:
+def check_jobs(folder: Path, decode: float = 0.0) -> list[ShardCheck]:
     """One check for each shard of a local set.
 
     Raises:
@@ -38,7 +45,7 @@ def check_jobs(folder: Path) -> list[ShardCheck]:
     tars = tars_location(folder, manifest.tars)
     if not isinstance(tars, Path):
         raise InputError(f"{folder}: its tars are at {tars}; only local ones can be verified")
-    return [ShardCheck(folder, tars, n, info) for n, info in enumerate(manifest.shards)]
+    return [ShardCheck(folder, tars, n, info, decode) for n, info in enumerate(manifest.shards)]
 
 
 def verify_shard(check: ShardCheck) -> list[Fault]:
@@ -55,7 +62,7 @@ def verify_shard(check: ShardCheck) -> list[Fault]:
         if size != info.bytes:
             faults.append(Fault(info.name, f"{size} bytes, the manifest says {info.bytes}"))
         elif sha256_of(check.tars / info.name) == info.sha256:
-            return faults
+            return faults + (_bad_pictures(check) if check.decode else [])
         else:
             faults.append(Fault(info.name, "its sha256 is not that of the manifest"))
     except OSError as error:
@@ -66,10 +73,15 @@ def verify_shard(check: ShardCheck) -> list[Fault]:
 def _bad_pictures(check: ShardCheck) -> list[Fault]:
     store = ShardStore(check.folder)
     bad = []
-    for index in range(check.info.samples):
+    drawn = hash_of(check.number, np.arange(check.info.samples, dtype=np.uint64))
+    for index, chance in enumerate(uniform(drawn).tolist()):
         try:
-            store.picture(check.number, index)
-        except BadSampleError as error:
+            if store.records(check.number)[index]["flags"] & FLAG_DROPPED:
+                continue
+            picture = store.picture(check.number, index)
+            if chance < check.decode:
+                decode_grey(picture.tobytes(), Limits(), FULL_SIZE)
+        except (BadSampleError, RefusedError) as error:
             key = store.key(check.number, index)
             bad.append(Fault(check.info.name, f"picture {index} {key}: {error}"))
     rest = len(bad) - FAULTS_OF_A_SHARD
