@@ -121,7 +121,7 @@ class RunReport:
     def health(self, step: int, values: dict[str, Any]) -> None:
         """Report a look at the dictionary, by ``HealthWatch``, after ``steps``."""
         self._health = describe(values)
-        self._write(step, values)
+        self._write(step, {**values, "chance_loss": self._chance_loss})
         if self._live is None:
             self.note(f"step {step}: " + "  ".join(f"{n} {v}" for n, v in self._health))
         self._raise(step, self._alarms.look(step, {**self._latest, **values}))

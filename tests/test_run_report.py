@@ -99,8 +99,9 @@ def test_a_look_at_the_dictionary_has_a_line_of_its_own(make_report, tmp_path):
         "own key 0.72 -1│                  ▄█│1  other keys 0.15 -1│          █         │1  "
         "age of keys 4.5 steps (oldest 8)  encoders apart 1.23%  false negatives 9.8%"
     )
-    assert logged(tmp_path)[1] == {"step": 10, **HEALTH}
-    assert tracked[1] == (10, HEALTH)
+    found = {**HEALTH, "chance_loss": math.log(512)}
+    assert logged(tmp_path)[1] == {"step": 10, **found}
+    assert tracked[1] == (10, found)
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
@@ -152,6 +153,25 @@ def test_another_rank_prints_logs_and_tracks_nothing(make_report, tmp_path):
     assert (printed.getvalue(), tracked, list(tmp_path.iterdir())) == ("", [], [])
 
 
+def colours_of(path):
+    picture = Image.open(path).convert("RGB")
+    return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+
+
+@pytest.mark.parametrize("has_alarm", [False, True])
+def test_the_curve_shows_the_dictionary_and_alarms(make_report, tmp_path, has_alarm):
+    report, _, _ = make_report()
+    with report:
+        for step in (30, 40, 50):
+            report.steps(step, VALUES)
+            report.health(step, {**HEALTH, "effective_rank": 1.0 if has_alarm else 60.0})
+        report.finish()
+    colours = colours_of(tmp_path / "curve.png")
+    green, red = (44, 160, 44), (214, 39, 40)  # the rank; alarms
+    assert green in colours
+    assert (red in colours) == has_alarm
+
+
 @pytest.mark.parametrize("has_knn", [False, True])
 def test_the_curve_is_a_picture_of_the_whole_run(make_report, tmp_path, has_knn):
     report, _, _ = make_report()
@@ -161,8 +181,7 @@ def test_the_curve_is_a_picture_of_the_whole_run(make_report, tmp_path, has_knn)
         if has_knn:
             report.knn(30, 0.5)
         report.finish()
-    picture = Image.open(tmp_path / "curve.png").convert("RGB")
-    colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    colours = colours_of(tmp_path / "curve.png")
     blue, orange = (31, 119, 180), (255, 127, 14)  # the loss; kNN, the second line below
     assert blue in colours
     assert (orange in colours) == has_knn
