@@ -41,6 +41,7 @@ from pipeline.entry_list import ListInfo, write_list
 from pipeline.pack_config import PackConfig, TooManyRefusedError
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.program import InputError, available_cores, run_program
+from pipeline.ray_jobs import run_jobs_on_ray
 from pipeline.shard_format import Manifest, atomic_file, write_manifest
 from pipeline.source_kinds import open_source
 from pipeline.sources import Source, SourceConfig
@@ -85,12 +86,14 @@ def run_with_bar(
         return
     with Progress(*columns, console=bar.console) as progress:
         task = progress.add_task(title, total=bar.total, completed=bar.ahead)
-        run_jobs(
+        # Jobs on Ray do not tell how far they are, only that they are done.
+        pictures = (bar.total - bar.ahead) / len(jobs) if config.ray else 1
+        (run_jobs_on_ray if config.ray else run_jobs)(
             work,
             jobs,
             config.workers or available_cores(),
             bar.take,
-            lambda done: progress.update(task, completed=bar.ahead + done),
+            lambda done: progress.update(task, completed=bar.ahead + done * pictures),
         )
         progress.update(task, completed=bar.total)
 

@@ -36,6 +36,8 @@ class PackConfig:
     """Of the order in which the pictures are packed."""
     workers: int = 0
     """Processes. 0: one for each core."""
+    ray: bool = False
+    """Run on the Ray cluster of RAY_ADDRESS, else on one that is started here (extra 'ray')."""
     part: str = ""
     """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
     max_refused: float = 0.5

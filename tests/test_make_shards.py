@@ -476,6 +476,17 @@ def test_parts_and_the_command_that_joins_them_give_the_same_bytes(sixty, tmp_pa
     assert bytes_of(tmp_path / "out") == bytes_of(sixty / "whole")
 
 
+@pytest.mark.slow
+def test_on_ray_the_bytes_are_the_same_and_a_stopped_packing_goes_on(sixty, tmp_path):
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    words = ("pictures", tmp_path / "out", "--shard-samples", 4)
+    packed(*words, "--part", "1/4", cwd=sixty)
+    done = make_shards(*words, "--ray", "--workers", 2, cwd=sixty)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 16 shards are finished already" in done.stdout
+    assert bytes_of(tmp_path / "out") == bytes_of(sixty / "whole")
+
+
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "-1/3"])
 def test_a_part_that_is_none_is_one_line(picture_folder, tmp_path, part):
     done = make_shards(picture_folder, "out", "--part", part, cwd=tmp_path)
