@@ -144,7 +144,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
     """The loop: from ``first_step`` steps done to ``total_steps``, or to a signal."""
     config = run.config
     stop, agreement = StopRequest(), Agreement(2)
-    meter = Meter(config.batch)
+    meter = Meter(config.batch, run.loader.figures)
     report = open_report(run, first_step, total_steps, console)
     step, stopped_by = first_step, 0
     samples, skipped = (open_log(run, name, first_step) for name in ("samples", "skipped"))

@@ -13,8 +13,10 @@ Letters in names: N pictures of this rank, H W pixels.
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +28,7 @@ from torch import Tensor
 from pipeline.batch_plan import BatchPlanner, PlannedBatch
 from pipeline.data_config import DataConfig, make_order, open_store
 from pipeline.engines import make_engine
+from pipeline.loader_meter import LoaderFigures, LoaderMeter
 from pipeline.order import Ints
 from pipeline.quarantine import Quarantine
 from pipeline.torch_views import DecodeError
@@ -35,6 +38,8 @@ from pipeline.view_recipe import PAIRS, ViewRequest, draw_view
 READ_AHEAD_BATCHES = 3
 # Half of it apart, the shards to come are asked for: 32 steps of a lane meet most of a window's.
 LOOK_AHEAD_STEPS = 32
+# A read that never returns, from a dead mount, is left to its thread: nothing can end it.
+READER_END_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class PairLoader:
         self._planned: queue.Queue[PlannedBatch | BaseException] = queue.Queue(READ_AHEAD_BATCHES)
         self._in_flight: deque[PlannedBatch] = deque()
         self._stopping = threading.Event()
+        self._meter = LoaderMeter()
         self._engine = make_engine(config, self._next_request, self._batch, device, half=half)
         self._reader = threading.Thread(target=self._read_ahead, name="reader", daemon=True)
         self._reader.start()
@@ -111,12 +117,15 @@ class PairLoader:
         return self
 
     def __next__(self) -> PairBatch:
+        asked = time.perf_counter()
+        self._require_open()
         try:
             query_N3HW, key_N3HW = self._engine.take()
             planned = self._in_flight.popleft()
         except DecodeError as error:
             planned = self._in_flight.popleft()
             query_N3HW, key_N3HW = self._repair(planned, error)
+        self._meter.given(len(planned.pictures), asked)
         return PairBatch(
             query_N3HW,
             key_N3HW,
@@ -137,11 +146,21 @@ class PairLoader:
     ) -> None:
         self.close()
 
+    def figures(self) -> LoaderFigures:
+        """What was measured since the beginning; for a stretch of time see ``since``."""
+        counters = self.store.counters
+        return self._meter.figures(
+            bad_samples=self.quarantine.bad,
+            fetched_bytes=counters.fetched_bytes,
+            retries=counters.retries,
+            fetch_waited_s=counters.waited_s,
+        )
+
     def close(self) -> None:
         """Stop the threads; safe to call at any time and more than once."""
         self._stopping.set()
         self.store.close()  # a reader that waits for a shard stops waiting
-        self._reader.join()
+        self._reader.join(READER_END_S)
         self._engine.close()
 
     def _read_ahead(self) -> None:
@@ -151,18 +170,26 @@ class PairLoader:
             try:
                 if self.store.is_remote and (step - self._step) % (LOOK_AHEAD_STEPS // 2) == 0:
                     self._prefetch(step)
-                item = self.plan(step)
+                item = self._read(step)
             except BaseException as error:  # handed to the consumer, who raises it
                 item = error
-            while not self._stopping.is_set():
-                try:
-                    self._planned.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
+            self._hand_on(item)
             if isinstance(item, BaseException):
                 return
             step += 1
+
+    def _read(self, step: int) -> PlannedBatch:
+        with self._meter.clock("read_s"):
+            planned = self.plan(step)
+        count, size = len(planned.pictures), sum(len(picture) for picture in planned.pictures)
+        self._meter.add(read_images=count, read_bytes=size)
+        return planned
+
+    def _hand_on(self, item: PlannedBatch | BaseException) -> None:
+        while not self._stopping.is_set():
+            with self._meter.clock("blocked_s"), suppress(queue.Full):
+                self._planned.put(item, timeout=0.1)
+                return
 
     def _prefetch(self, step: int) -> None:
         """Fetch what the coming steps read, and then what the lanes' next windows begin with."""
@@ -180,12 +207,25 @@ class PairLoader:
         self.store.prefetch(list(dict.fromkeys(int(s) for part in ahead for s in part)))
 
     def _next_request(self) -> ViewRequest:
-        item = self._planned.get()
+        with self._meter.clock("starved_s"):
+            item = self._next_planned()
         if isinstance(item, BaseException):
             self._planned.put(item)  # every later call fails likewise and none waits for ever
             raise item
         self._in_flight.append(item)
         return self._request(item, self.order.epoch_of(item.step))
+
+    def _next_planned(self) -> PlannedBatch | BaseException:
+        while True:
+            self._require_open()  # another thread may close while this one waits
+            try:
+                return self._planned.get(timeout=0.1)
+            except queue.Empty:
+                continue
+
+    def _require_open(self) -> None:
+        if self._stopping.is_set():
+            raise RuntimeError("this loader is closed")
 
     def make(self, planned: PlannedBatch, epoch: int) -> tuple[Tensor, ...]:
         """Query and key views, ``[N, 3, H, W]`` each, that a batch has in some epoch."""

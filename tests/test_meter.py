@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from eval.meter import WARM_UP_STEPS, Meter
+from pipeline.loader_meter import LoaderFigures
 
 
 @pytest.fixture
@@ -23,30 +24,44 @@ def take_steps(meter, clock, steps, *, wait_s=1.0, work_s=3.0, pause_s=0.0):
             clock.seconds += pause_s
 
 
+def speed_of(meter):
+    values = meter.read()
+    return {name: values[name] for name in ("images_per_second", "data_wait_share")}
+
+
 def test_the_first_steps_do_not_count(clock):
-    meter = Meter(images_per_step=8)
+    meter = Meter(8, LoaderFigures)
     take_steps(meter, clock, WARM_UP_STEPS, wait_s=50.0, work_s=50.0)
     take_steps(meter, clock, 4)
-    assert meter.read() == pytest.approx({"images_per_second": 2.0, "data_wait_share": 0.25})
+    assert speed_of(meter) == pytest.approx({"images_per_second": 2.0, "data_wait_share": 0.25})
 
 
 def test_every_reading_counts_from_the_one_before(clock):
-    meter = Meter(images_per_step=8)
+    meter = Meter(8, LoaderFigures)
     take_steps(meter, clock, 10)
     meter.read()
     take_steps(meter, clock, 5, wait_s=4.0, work_s=4.0)
-    assert meter.read() == pytest.approx({"images_per_second": 1.0, "data_wait_share": 0.5})
+    assert speed_of(meter) == pytest.approx({"images_per_second": 1.0, "data_wait_share": 0.5})
 
 
 def test_a_pause_counts_neither_as_time_nor_as_waiting(clock):
-    meter = Meter(images_per_step=8)
+    meter = Meter(8, LoaderFigures)
     take_steps(meter, clock, 10)
     meter.read()
     take_steps(meter, clock, 5, pause_s=1000.0)
-    assert meter.read() == pytest.approx({"images_per_second": 2.0, "data_wait_share": 0.25})
+    assert speed_of(meter) == pytest.approx({"images_per_second": 2.0, "data_wait_share": 0.25})
 
 
 def test_a_reading_at_once_divides_by_nothing(clock):
-    meter = Meter(images_per_step=8)
+    meter = Meter(8, LoaderFigures)
     assert clock.seconds == 100.0
-    assert meter.read() == {"images_per_second": 0.0, "data_wait_share": 0.0}
+    assert speed_of(meter) == {"images_per_second": 0.0, "data_wait_share": 0.0}
+
+
+def test_a_reading_has_what_the_loader_measured_since_the_one_before(clock):
+    read_bytes = iter([0, 5 << 20, 5 << 20, 8 << 20, 8 << 20])
+    meter = Meter(8, lambda: LoaderFigures(read_bytes=next(read_bytes), read_s=clock.seconds))
+    clock.seconds += 2
+    assert meter.read()["read_mib_per_second"] == 2.5
+    clock.seconds += 1
+    assert meter.read()["read_mib_per_second"] == 3
