@@ -88,7 +88,7 @@ def main() -> None:
         world=accelerator.num_processes,
         start_step=found.step if found else 0,
         half=accelerator.device.type == "cuda" and config.precision != "no",
-        quarantine_path=output / f"quarantine-{accelerator.process_index}.jsonl",
+        quarantine_path=quarantine_log(output, accelerator.process_index),
     ) as loader:
         torch.manual_seed(config.seed)
         moco = ENCODERS[config.moco.mechanism](
@@ -186,6 +186,7 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
 
 def say_the_end(run: Run, step: int, total_steps: int, stopped_by: int, console: Console) -> None:
     """Say how the loop ended, and leave with the code for it where that was not the end."""
+    say_bad_samples(run, console)
     if stopped_by and step < total_steps:
         console.print(
             f"stopped by {signal.Signals(stopped_by).name} after step {step} of {total_steps} and "
@@ -231,6 +232,21 @@ def set_momentum(run: Run, step: int, total_steps: int) -> None:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return step % every == 0
+
+
+def say_bad_samples(run: Run, console: Console) -> None:
+    """Tell of samples that this process could not use."""
+    if count := run.loader.quarantine.bad:
+        log = quarantine_log(run.output, run.accelerator.process_index)
+        line = (
+            f"note: stand-ins took the place of {count} samples that could not be used; see {log}"
+        )
+        console.print(line, soft_wrap=True, markup=False, emoji=False)
+
+
+def quarantine_log(output: Path, rank: int) -> Path:
+    """Where a process writes which samples it could not use, and why."""
+    return output / f"quarantine-{rank}.jsonl"
 
 
 def say_not_saved(console: Console, step: int, error: OSError) -> None:

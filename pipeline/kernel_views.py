@@ -25,7 +25,7 @@ from pipeline.blur_kernel import blur, blur_boxes
 from pipeline.colour_kernels import GREY, look_up, recolour
 from pipeline.picture_header import BadHeaderError, read_header
 from pipeline.resize_kernel import PILLOW_REORDERS, resize
-from pipeline.torch_views import DecodeError, decode, normalise
+from pipeline.torch_views import DecodeError, decode, normalise, on_device
 from pipeline.view_recipe import HUE, ViewParameters, ViewRequest
 
 Bytes = NDArray[np.uint8]
@@ -185,7 +185,8 @@ class KernelEngine:
             if error is not None:
                 raise error
         return tuple(
-            torch.from_numpy(output).to(self._device, self._dtype) for output in batch.outputs
+            on_device(torch.from_numpy(output), self._device, self._dtype)
+            for output in batch.outputs
         )
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:

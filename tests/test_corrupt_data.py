@@ -4,6 +4,7 @@ The real broken pictures are those of ``messy.tar``, put unvalidated between goo
 others may have them.
 """
 
+import io
 import json
 import random
 import shutil
@@ -242,3 +243,28 @@ def test_a_training_on_bombs_ends_well_in_bounded_memory(injected, tmp_path):
     # One of the messy pictures has 100 million pixels, which the limit lets through: 12 bytes for
     # each are in use at once. The refused ones would add gigabytes: 16 at 3,600 million.
     assert mib - clean_mib < 12 * Limits.max_pixels / (1 << 20)
+
+
+def write_foreign_tar(path, pictures):
+    """As other software writes it; nothing has looked at the pictures."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, picture in enumerate(pictures):
+            member = tarfile.TarInfo(f"{path.stem}-{number:04d}.jpg")
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+
+
+@pytest.mark.slow
+def test_foreign_tars_full_of_broken_pictures_are_indexed_and_trained_on(good, messy, tmp_path):
+    pictures = good + [picture for *_, picture in messy]
+    random.Random(2).shuffle(pictures)
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        write_foreign_tar(tmp_path / "set" / f"{number:05d}.tar", pictures[number::2])
+    index = [sys.executable, ROOT / "pipeline" / "check_shards.py", "index", tmp_path / "set"]
+    subprocess.run(index, check=True, capture_output=True)
+    code, _ = peak_mib(tmp_path / "set", tmp_path / "run")
+    assert code == 0
+    lines = lines_of(tmp_path / "run" / "quarantine-0.jsonl")
+    assert len({(line["shard"], line["index"]) for line in lines}) > 30
+    assert all(line["reason"] for line in lines)

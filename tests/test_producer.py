@@ -13,6 +13,7 @@ import torch
 from pipeline.data_config import DataConfig
 from pipeline.loader import READ_AHEAD_BATCHES, PairLoader
 from pipeline.local_tar import MappedTar
+from pipeline.torch_views import on_device
 
 ROOT = Path(__file__).resolve().parents[1]
 SOON_S = 20.0  # a machine may be busy; a hang is for ever
@@ -218,3 +219,22 @@ def test_what_leaves_dali_is_not_copied(shard_set, monkeypatch):
     with loader_of(shard_set, "dali") as loader:
         batch = next(loader)
         assert [batch.query_N3HW.data_ptr(), batch.key_N3HW.data_ptr()] == addresses
+
+
+def test_views_of_the_host_are_not_copied_on_their_way_to_a_cpu():
+    view = torch.rand(2, 3, 8, 8)
+    assert on_device(view, torch.device("cpu"), torch.float32) is view
+    assert torch.equal(on_device(view, torch.device("cpu"), torch.float16), view.half())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_of_the_host_go_to_a_gpu_by_way_of_pinned_memory(monkeypatch):
+    pinned, pin = [], torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(pin(t)) or pinned[-1])
+    views = [torch.rand(64, 3, 224, 224) for _ in range(4)]
+    moved = [on_device(view, torch.device("cuda", 0), torch.float16) for view in views]
+    assert all(view.is_pinned() and view.dtype == torch.float16 for view in pinned)
+    assert len(pinned) == 4
+    for view, copy in zip(views, moved, strict=True):
+        assert torch.equal(view.half(), copy.cpu())

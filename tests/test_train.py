@@ -290,7 +290,9 @@ def test_a_resume_does_not_log_the_same_bad_samples_again(own_set, flip_bit, tmp
     for index in (0, 3, 7, 12):
         flip_bit(own_set, 1, index)
     words = ("--steps", "6", "--save-every", "3", "--data.max-bad-share", "1")
-    run = trained(tmp_path / "run", own_set, *words)
+    run = tmp_path / "run"
+    done = command(*TINY, "--data.shards", own_set, "--output", run, *words)
+    assert re.search(r"note: .* \d+ samples that could not be used; see \S+-0\.jsonl", done.out)
     (run / "quarantine-3.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     logs = [(run / "quarantine-0.jsonl").read_text().splitlines()]
     shutil.rmtree(run / "step-000000006")
