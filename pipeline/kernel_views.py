@@ -112,7 +112,8 @@ class ArrayPool:
         """An array with any content; its memory is free again when it and its views are gone."""
         with self._lock:
             fitting = [n for n, array in enumerate(self._free) if array.shape == shape]
-            array = self._free.pop(fitting[-1]) if fitting else np.empty(shape, np.float32)
+            # torch's memory starts at multiples of 64 bytes, which NumPy's need not.
+            array = self._free.pop(fitting[-1]) if fitting else torch.empty(shape).numpy()
         lent = array[:]
         weakref.finalize(lent, self._free.append, array)
         return lent
