@@ -14,10 +14,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,11 +24,11 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.command_line import parse_flags
+from pipeline.crash_guard import CrashGuard
 from pipeline.curation import (
     DUPLICATES_NAME,
     print_jobs,
@@ -40,8 +39,8 @@ from pipeline.curation import (
 from pipeline.entry_list import ListInfo, write_list
 from pipeline.pack_config import PackConfig, TooManyRefusedError
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
-from pipeline.program import InputError, available_cores, run_program
-from pipeline.ray_jobs import run_jobs_on_ray
+from pipeline.picture_bar import Bar, run_with_bar
+from pipeline.program import InputError, run_program
 from pipeline.shard_format import Manifest, atomic_file, write_manifest
 from pipeline.source_kinds import open_source
 from pipeline.sources import Source, SourceConfig
@@ -53,49 +52,11 @@ from pipeline.unfinished import (
     refuse_foreign,
     take_up,
 )
-from pipeline.worker_pool import Job, Result, run_jobs
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
 IGNORED_NAME = "ignored.jsonl"
 LARGEST_LABEL = 10_000_000
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A progress bar: where it is drawn, of how many pictures, and how many are done already."""
-
-    console: Console
-    total: int
-    ahead: int = 0
-    take: Callable[[int, Any], None] = lambda _, __: None
-
-
-def run_with_bar(
-    title: str, work: Callable[[Job], Result], jobs: list[Job], bar: Bar, config: PackConfig
-) -> None:
-    """Run jobs in parallel processes, with a progress bar that counts pictures."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pictures"),
-        TimeRemainingColumn(),
-    )
-    if not jobs:
-        return
-    with Progress(*columns, console=bar.console) as progress:
-        task = progress.add_task(title, total=bar.total, completed=bar.ahead)
-        # Jobs on Ray do not tell how far they are, only that they are done.
-        pictures = (bar.total - bar.ahead) / len(jobs) if config.ray else 1
-        (run_jobs_on_ray if config.ray else run_jobs)(
-            work,
-            jobs,
-            config.workers or available_cores(),
-            bar.take,
-            lambda done: progress.update(task, completed=bar.ahead + done * pictures),
-        )
-        progress.update(task, completed=bar.total)
 
 
 def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
@@ -116,7 +77,13 @@ def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
     look = curation.near_duplicates >= 0
     jobs = [print_jobs(some, config.limits, look=look) for some in lists]
     bar = Bar(console, sum(some.count for some in lists))
-    run_with_bar("comparing", take_prints, [job for some in jobs for job in some], bar, config)
+    try:
+        run_with_bar("comparing", take_prints, [job for some in jobs for job in some], bar, config)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was ended while it compared pictures, by one that crashes its decoder or for "
+            "want of memory: pack without --duplicates, then pack the shards again with it"
+        ) from error
     prints = np.concatenate([read_prints(some) for some in jobs])
     exact, near = write_duplicates(lists, prints, curation)
     what = "duplicates left out" if curation.duplicates == "drop" else "duplicates kept"
@@ -133,7 +100,6 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
         TooManyRefusedError: as soon as it is certain.
     """
     total = plan.count
-    ahead = total - sum(last - first for first, last in map(plan.places_of, numbers))
     refused: list[tuple[str, str]] = []
 
     def take(_: int, result: ShardResult) -> None:
@@ -142,8 +108,17 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
             write_rows(config.output / REFUSED_NAME, refused, "reason")
             raise too_many_refused(refused, total, config)
 
-    jobs = [ShardJob(plan, number) for number in numbers]
-    run_with_bar("packing", pack_shard, jobs, Bar(console, total, ahead, take), config)
+    guard = CrashGuard(plan, config.max_seconds)
+    guard.begin()
+    while numbers:
+        ahead = total - sum(last - first for first, last in map(plan.places_of, numbers))
+        bar = Bar(console, total, ahead, take, guard.watch)
+        jobs = [ShardJob(plan, number) for number in numbers]
+        try:
+            run_with_bar("packing", pack_shard, jobs, bar, config)
+        except BrokenProcessPool:
+            guard.settle()
+        numbers = [number for number in numbers if not read_result(config.output, number)]
 
 
 def write_rows(path: Path, rows: Iterable[tuple[str, str]], what: str) -> None:

@@ -40,6 +40,8 @@ class PackConfig:
     """Run on the Ray cluster of RAY_ADDRESS, else on one that is started here (extra 'ray')."""
     part: str = ""
     """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
+    max_seconds: int = 300
+    """Refuse a picture that takes longer than this. 0: wait for ever."""
     max_refused: float = 0.5
     """Give up, with exit code 3, when more than this share of the pictures was refused."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
@@ -58,6 +60,8 @@ class PackConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        if self.max_seconds < 0:
+            raise InputError(f"--max-seconds {self.max_seconds}: give a number of at least 0")
         if not 0 <= self.max_refused <= 1:
             raise InputError(f"--max-refused {self.max_refused}: give a number from 0 to 1")
         if self.seed < 0:

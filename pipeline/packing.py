@@ -8,6 +8,8 @@ import contextlib
 import functools
 import json
 import os
+import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,18 @@ from pipeline.location import is_url
 from pipeline.remote_folder import Counters, RemoteError, RemoteFolder, RetryPolicy
 from pipeline.shard_format import NO_LABEL, Sample, index_name, write_shard
 from pipeline.torchvision_source import SCHEME, picture_of
-from pipeline.unfinished import ShardResult, shard_name, write_result
+from pipeline.unfinished import (
+    ShardResult,
+    blamed_path,
+    in_hand_path,
+    shard_name,
+    write_result,
+)
 from pipeline.validate import Limits, RefusedError, StoredForm, accept_picture, check_bytes
 from pipeline.worker_pool import advance
 
+# Pictures done before it, process, since when (of the monotonic clock, which all processes share).
+IN_HAND = struct.Struct("<QQd")
 SIDE_CAR_LIMIT_BYTES = 1 << 20
 
 
@@ -76,13 +86,29 @@ def pack_shard(job: ShardJob) -> ShardResult:
     return result
 
 
+def read_blamed(output: Path, number: int) -> dict[int, str]:
+    """Pictures of a shard that crashed a decoder or took too long, and which of these."""
+    try:
+        content = json.loads(blamed_path(output, number).read_bytes())
+    except OSError:
+        return {}
+    return {int(count): reason for count, reason in content.items()}
+
+
 def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
     plan = job.plan
     labels = {name: label for label, name in enumerate(plan.classes)}
+    blamed = read_blamed(plan.output, job.number)
     entries = EntryList(plan.list_folder, plan.count, plan.seed)
+    note = in_hand_path(plan.output, job.number)
+    in_hand = os.open(note, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         for key, entry in entries.read(*plan.places_of(job.number)):
+            now = IN_HAND.pack(result.pictures, os.getpid(), time.monotonic())
+            os.pwrite(in_hand, now, 0)
             try:
+                if result.pictures in blamed:
+                    raise RefusedError(blamed[result.pictures])
                 data, label = read_picture(entry, plan.limits)
                 accepted = accept_picture(data, plan.limits, plan.form)
             except OSError as error:
@@ -106,6 +132,8 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
             advance(1)
     finally:
         entries.close()
+        os.close(in_hand)
+        note.unlink(missing_ok=True)
 
 
 def _number_of(label: str | int | None, labels: dict[str, int]) -> int:

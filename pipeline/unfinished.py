@@ -22,6 +22,7 @@ from pipeline.shard_format import MANIFEST_NAME, ShardInfo, atomic_file, index_n
 
 WORK_NAME = ".packing"
 PLAN_NAME = "plan.json"
+IN_HAND_NAME = "in-hand-"  # and a shard's number: which of its pictures a worker decodes
 OUR_LISTS = ("refused.jsonl", "changed.jsonl", "ignored.jsonl", "duplicates.jsonl")
 
 
@@ -43,6 +44,16 @@ def shard_name(number: int) -> str:
 def done_path(output: Path, number: int) -> Path:
     """Where the result of a shard is kept."""
     return output / WORK_NAME / f"done-{number:06d}.json"
+
+
+def in_hand_path(output: Path, number: int) -> Path:
+    """Where a worker notes which picture of a shard it has in hand."""
+    return output / WORK_NAME / f"{IN_HAND_NAME}{number:06d}"
+
+
+def blamed_path(output: Path, number: int) -> Path:
+    """Where it is noted which pictures of a shard are not to be decoded again, and why."""
+    return output / WORK_NAME / f"blamed-{number:06d}.json"
 
 
 def write_result(output: Path, number: int, result: ShardResult) -> None:
@@ -156,8 +167,9 @@ def remove_shards(output: Path) -> None:
     for path in output.iterdir():
         if path.name.removeprefix(".").startswith(("shard-", *OUR_LISTS, MANIFEST_NAME)):
             path.unlink(missing_ok=True)
-    for path in (output / WORK_NAME).glob("done-*"):
-        path.unlink(missing_ok=True)
+    for pattern in ("done-*", "blamed-*"):
+        for path in (output / WORK_NAME).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def take_up(output: Path, plan: dict[str, Any], part: str) -> None:
