@@ -38,6 +38,7 @@ from eval.step_log import StepLog
 from eval.tracking import track
 from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError
+from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError, make_backbone
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
@@ -96,6 +97,7 @@ def main() -> None:
         )
         if not found and (start := starting_weights(config.encoder, config.data.image_px)):
             start_from(moco, start)
+        prepare_encoders(moco, config, console)
         samples = loader.order.samples
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
         dictionary = dictionary.to(accelerator.device)
@@ -202,7 +204,9 @@ def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
     config = run.config.moco
     run.guard.begin()
-    pairs = run.moco(batch.query_N3HW, batch.key_N3HW, batch.step)
+    layout = layout_of(run.config)
+    views = (view.to(memory_format=layout) for view in (batch.query_N3HW, batch.key_N3HW))
+    pairs = run.moco(*views, batch.step)
     run.health.look(batch.step, pairs, run.dictionary, batch.sample_N, batch.label_N)
     loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
     loss = loss * loss_scale(config)
@@ -220,6 +224,18 @@ def set_lr(run: Run, step: int, total_steps: int) -> float:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+def layout_of(config: TrainConfig) -> torch.memory_format:
+    """How weights and views lie in memory; ``contiguous_format`` leaves a view as it is."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def prepare_encoders(moco: torch.nn.Module, config: TrainConfig, console: Console) -> None:
+    """Memory layout and compiling, as the settings ask for, in place."""
+    moco.to(memory_format=layout_of(config))
+    if config.compile:
+        compile_encoders(moco, partial(console.print, style="yellow", markup=False, emoji=False))
 
 
 def set_momentum(run: Run, step: int, total_steps: int) -> None:

@@ -27,6 +27,7 @@ MAY_CHANGE = {
     *("resume", "output", "log_every", "log_samples", "health_every", "max_skipped"),
     *("save_every", "save_minutes", "keep", "hang_seconds"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
+    *("compile", "channels_last"),
     *(
         "data.shards",
         "data.cache",
@@ -55,6 +56,10 @@ class TrainConfig:
     """Length of the run in steps, instead of --epochs."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Of the encoders' arithmetic; no is float32. Loss, queue and weights are float32 always."""
+    compile: bool = False
+    """Compile both encoders with torch.compile; off, with a message, where that fails."""
+    channels_last: bool = False
+    """Weights and views with the channels of a pixel side by side; for convolutions on a GPU."""
     seed: int = 0
     """Of weights, order, views, queue and shuffle."""
     output: Path | None = None

@@ -258,6 +258,26 @@ def test_the_recipes_of_moco_v3_train_on_a_small_network(recipe, words, shard_se
     assert rates[1] > rates[2] > rates[3]
 
 
+def test_channels_last_changes_how_views_and_weights_lie_and_not_what_is_learnt(
+    six_steps, shard_set, tmp_path
+):
+    run = trained(tmp_path / "run", shard_set, "--steps", "6", "--channels-last")
+    # Of the first step alone: with batch norm over two pictures rounding grows tenfold a step.
+    first, plain = logged(run, "loss")[0], logged(six_steps, "loss")[0]
+    assert first == pytest.approx(plain, rel=1e-3)
+    torch.manual_seed(0)
+    moco = MoCo(EncoderConfig(backbone="test_resnet", dim=8), MoCoConfig(), 16, seed=0).double()
+    twin = copy.deepcopy(moco)
+    train.prepare_encoders(moco, dataclasses.replace(RECIPES["demo"], channels_last=True), None)
+    weight = moco.encoder_k.backbone.layer2[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    views = pairs_of_views(1)[0].double()
+    for network, layout in ((moco, torch.channels_last), (twin, torch.contiguous_format)):
+        network(*(view.to(memory_format=layout) for view in views), 0)[0][0].sum().backward()
+    for ours, theirs in zip(moco.encoder_q.parameters(), twin.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_half_precision_without_a_gpu_is_one_line(shard_set, tmp_path):
     words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--precision", "fp16")
     with pytest.MonkeyPatch.context() as patch:
