@@ -137,7 +137,7 @@ def train_cell(config: AblationConfig, cell: Cell, seed: int) -> dict[str, Any]:
     """
     folder = run_folder(config, cell, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    output = folder.with_suffix(".log")
+    output = folder.with_name(f"{folder.name}.log")  # a momentum has a point
     started = time.monotonic()
     with output.open("w") as file:
         words = [sys.executable, *command(config, cell, seed)]
@@ -165,7 +165,7 @@ def train_cell(config: AblationConfig, cell: Cell, seed: int) -> dict[str, Any]:
 def judge_untrained(config: AblationConfig, cell: Cell, seed: int) -> float:
     """The kNN score of the encoder that a run started with."""
     folder = run_folder(config, cell, seed)
-    result = folder.with_suffix(".untrained.json")
+    result = folder.with_name(f"{folder.name}.untrained.json")
     words = [sys.executable, "eval/knn.py", str(folder), "--untrained", "--train", config.train]
     words += ["--test", config.test, "--json", str(result)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
