@@ -234,6 +234,22 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
     Raises:
         InputError: if the recipe or a setting in the file is unknown.
     """
+    default, rest = recipe_of(arguments)
+    return parse_flags(TrainConfig, about_recipes(about, default), rest, default)
+
+
+def about_recipes(about: str, default: TrainConfig) -> str:
+    """What --help says of a program whose first word is a recipe."""
+    known = ", ".join(RECIPES)
+    return f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
+
+
+def recipe_of(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
+    """The settings that the flags change, and the flags.
+
+    Raises:
+        InputError: if the recipe or a setting in the file is unknown.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", nargs="?", const="newest")  # tyro's flags have a value or none
@@ -255,8 +271,7 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
         if not {"-h", "--help"} & set(rest):
             raise InputError(f"no recipe: the first word is one of {known}")
         default = RECIPES["moco-v2"]
-    description = f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
-    return parse_flags(TrainConfig, description, rest, default)
+    return default, rest
 
 
 def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:

@@ -153,11 +153,53 @@ def pair_graph(
     half: bool,
 ) -> tuple[Any, ...]:
     """One output for each recipe, ``[N, 3, H, W]`` on a CPU, ``[N, H, W, 3]`` on a GPU."""
-    names = [(number, f) for number, recipe in enumerate(recipes) for f in fields_of(recipe)]
     encoded, *given = fn.external_source(
-        source=source, num_outputs=1 + len(names), batch=True, no_copy=True
+        source=source, num_outputs=1 + len(inputs_of(recipes)), batch=True, no_copy=True
     )
     pictures = decode(encoded, device)
+    return views_of(pictures, given, recipes, image_px, normalisation, device, half=half)
+
+
+@pipeline_def(enable_conditionals=True)
+def decoded_graph(
+    source: Callable[[], list[Any]],
+    decoded_source: Callable[[], list[Any]],
+    recipes: Sequence[ViewRecipe],
+    image_px: int,
+    normalisation: tuple[Triple, Triple],
+    device: Literal["cpu", "gpu"],
+    half: bool,
+) -> tuple[Any, ...]:
+    """``pair_graph`` without its decoding, to see what the rest costs.
+
+    The second source gives decoded pictures, 8-bit HWC, where ``device`` is.
+    """
+    given = fn.external_source(
+        source=source, num_outputs=len(inputs_of(recipes)), batch=True, no_copy=True
+    )
+    pictures = fn.external_source(
+        source=decoded_source, batch=True, no_copy=True, layout="HWC", device=device
+    )
+    return views_of(pictures, given, recipes, image_px, normalisation, device, half=half)
+
+
+def inputs_of(recipes: Sequence[ViewRecipe]) -> list[tuple[int, str]]:
+    """View and name of every input that the recipes have together, in their order."""
+    return [(number, f) for number, recipe in enumerate(recipes) for f in fields_of(recipe)]
+
+
+def views_of(
+    pictures: Any,
+    given: Sequence[Any],
+    recipes: Sequence[ViewRecipe],
+    image_px: int,
+    normalisation: tuple[Triple, Triple],
+    device: Literal["cpu", "gpu"],
+    *,
+    half: bool,
+) -> tuple[Any, ...]:
+    """The views of decoded pictures, one output for each recipe."""
+    names = inputs_of(recipes)
     views = []
     for number in range(len(recipes)):
         own_given = {field: given[k] for k, (view, field) in enumerate(names) if view == number}

@@ -1,0 +1,268 @@
+"""The data roofline of a machine: how fast is each part of a run, and which one limits it?
+
+    python eval/throughput.py RECIPE --data.shards SHARDS --output roofline.png
+
+Recipe and flags are train.py's; nothing is trained. Reading, decoding, views and the model are
+timed alone, then the loader, then loader and model together, in turns. --output is the picture.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+if not __package__:  # run as a script: import from the repository root, not from eval/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from eval.roofline import Judgement, Setting, Speed, advise, draw, hours, judge
+from eval.run_config import TrainConfig, about_recipes, recipe_of
+from model.encoder import EncoderError
+from model.mechanism import ENCODERS, loss_scale, make_dictionary
+from model.moco import groups_per_process
+from model.optimiser import make_optimiser
+from pipeline.command_line import parse_flags
+from pipeline.data_config import cpu_threads
+from pipeline.loader import READ_AHEAD_BATCHES, PairBatch, PairLoader
+from pipeline.program import InputError, available_cores, run_program
+from pipeline.shard_format import atomic_file
+from pipeline.stage_probes import Probe, decode_probe, read_probe, resident, views_probe
+
+# What lies ready in queues when nothing was asked for is no measure of the speed.
+QUEUED_BATCHES = READ_AHEAD_BATCHES + 3
+TITLES = {
+    "read": "read (one thread)",
+    "decode": "decode",
+    "views": "views",
+    "model": "model",
+    "loader": "read, decode, views",
+    "together": "all together",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """What is timed, for how long."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The settings of train.py."""
+    json: Path | None = None
+    """File for the figures."""
+    rounds: int = 3
+    """Rounds; in each one every part has its turn."""
+    seconds: float = 2.0
+    """At least so long is each part timed in each round."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise InputError(f"--rounds {self.rounds}: give a number of at least 1")
+        if not 0 < self.seconds <= 3600:
+            raise InputError(f"--seconds {self.seconds}: give a number above 0, at most 3600")
+        for flag, path, ending in (("output", self.run.output, ".png"), ("json", self.json, "")):
+            if path is None:
+                continue
+            if path.is_dir() or (ending and path.suffix.lower() != ending):
+                raise InputError(f"--{flag} {path}: give a file{f' NAME{ending}' * bool(ending)}")
+            if not path.absolute().parent.is_dir():
+                raise InputError(f"--{flag} {path}: its folder does not exist, make it first")
+
+
+class TrainingStep:
+    """What ``train.py`` does with a batch, on one process."""
+
+    def __init__(self, config: TrainConfig, samples: int, accelerator: Accelerator) -> None:
+        torch.manual_seed(config.seed)
+        moco = ENCODERS[config.moco.mechanism](
+            config.encoder, config.moco, config.batch, config.seed, config.data.image_px
+        )
+        dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
+        self._dictionary = dictionary.to(accelerator.device)
+        optimizer = make_optimiser(config.optimiser, moco.parameters())
+        self._moco, self._optimizer = accelerator.prepare(moco, optimizer)
+        self._accelerator, self._config = accelerator, config.moco
+
+    def __call__(self, batch: PairBatch) -> float:
+        """Forward, backward, update; gives the loss."""
+        pairs = self._moco(batch.query_N3HW, batch.key_N3HW, batch.step)
+        loss, _ = self._dictionary.contrast(
+            pairs, self._config.temperature, batch.sample_N, batch.step
+        )
+        self._accelerator.backward(loss * loss_scale(self._config))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def timed(probe: Probe, seconds: float) -> float:
+    """Images per second of at least one run and so many seconds."""
+    _synchronise()
+    started = time.perf_counter()
+    runs = 0
+    while runs == 0 or time.perf_counter() - started < seconds:
+        probe.run()
+        runs += 1
+    _synchronise()
+    return runs * probe.images / (time.perf_counter() - started)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def all_probes(
+    config: TrainConfig, loader: PairLoader, accelerator: Accelerator
+) -> Iterator[dict[str, Probe]]:
+    """What is timed, by its name, in the order of ``TITLES``."""
+    device = accelerator.device
+    step = TrainingStep(config, loader.order.samples, accelerator)
+    pictures = resident(loader.plan(0))
+    first = next(loader)
+    views_N3HW = (first.query_N3HW.clone(), first.key_N3HW.clone())  # the loader's are lent
+    batch = PairBatch(*views_N3HW, first.step, first.sample_N, first.label_N, 0)
+    images = len(batch.sample_N)
+    with (
+        decode_probe(config.data, pictures, device) as decoding,
+        views_probe(config.data, pictures, device, half=uses_half(config, device)) as views,
+    ):
+        yield {
+            "read": read_probe(loader),
+            "decode": decoding,
+            "views": views,
+            "model": Probe(lambda: step(batch), images),
+            "loader": Probe(lambda: next(loader), images),
+            "together": Probe(lambda: step(next(loader)), images),
+        }
+
+
+def uses_half(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the views are float16, as in ``train.py``."""
+    return device.type == "cuda" and config.precision != "no"
+
+
+def measure(
+    probes: dict[str, Probe], rounds: int, seconds: float, console: Console
+) -> dict[str, Speed]:
+    """Time all parts in turns, so that what else happens on the machine meets them alike."""
+    for probe in probes.values():  # compiles kernels, fills pipelines
+        probe.run()
+    found: dict[str, list[float]] = {name: [] for name in probes}
+    turns = [name for _ in range(rounds) for name in probes]
+    for name in track(turns, "timing", console=console, transient=True):
+        if name in ("loader", "together"):
+            for _ in range(QUEUED_BATCHES):
+                probes["loader"].run()
+        found[name].append(timed(probes[name], seconds))
+    return {name: Speed(tuple(speeds)) for name, speeds in found.items()}
+
+
+def setting_of(config: TrainConfig, device: torch.device, loader: PairLoader) -> Setting:
+    """What the speeds are judged by."""
+    sizes = loader.plan(0).size_px_N2
+    return Setting(
+        device=device.type,
+        cores=available_cores(),
+        threads=cpu_threads(config.data),
+        precision=config.precision,
+        image_px=config.data.image_px,
+        shorter_px=float(sizes.min(axis=1).mean()),
+        is_remote=loader.store.is_remote,
+    )
+
+
+def images_of(config: TrainConfig, loader: PairLoader) -> int:
+    """Pictures that the whole run sees."""
+    steps = config.steps or round(config.epochs * loader.order.steps_per_epoch)
+    return steps * config.batch
+
+
+def print_report(
+    console: Console, speeds: dict[str, Speed], found: Judgement, advice: list[str], length: str
+) -> None:
+    """The table, what limits, what to change, how long the run takes."""
+    table = Table("part", "images/s", "range", "share of an image's time")
+    for name, speed in speeds.items():
+        style = "red" if name == found.limit else ""
+        share = f"{found.share[name]:.1%}" if name in found.share else ""
+        span = f"{speed.low:,.4g} to {speed.high:,.4g}"
+        table.add_row(TITLES[name], f"{speed.median:,.4g}", span, share, style=style)
+    console.print(table)
+    together = speeds["together"].median
+    lines = [
+        f"{found.limit} limits: alone it is {found.factor:.2g} times slower than the next part",
+        f"the parts could reach {found.possible:,.4g} images/s together and reach "
+        f"{together:,.4g}; if {found.limit} cost nothing, they could reach "
+        f"{found.without_limit:,.4g}",
+        *(f"to change: {line}" for line in advice),
+        length,
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def main() -> None:
+    """Parse the command line, measure, judge, write."""
+    recipe, rest = recipe_of(sys.argv[1:])
+    about = about_recipes(__doc__ or "", recipe)
+    config = parse_flags(ThroughputConfig, about, rest, ThroughputConfig(run=recipe))
+    run, console = config.run, Console()
+    groups_per_process(run.moco, run.batch, 1)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=run.precision)
+    device = accelerator.device
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(run.data))
+    half = uses_half(run, device)
+    with PairLoader(
+        run.data, global_batch=run.batch, seed=run.seed, device=device, half=half
+    ) as loader:
+        setting = setting_of(run, device, loader)
+        images = images_of(run, loader)
+        with all_probes(run, loader, accelerator) as probes:
+            speeds = measure(probes, config.rounds, config.seconds, console)
+        samples = loader.order.samples
+    medians = {name: speed.median for name, speed in speeds.items()}
+    found = judge(medians, setting)
+    advice = advise(found, medians["together"], setting)
+    hours_whole = hours(images, medians["together"])
+    what = f"{run.recipe}, {run.encoder.backbone}, batch {run.batch}, on one {device.type}"
+    length = (
+        f"{what}: {images:,} images of a set of {samples:,} take {hours_whole:,.3g} hours at that "
+        "speed"
+    )
+    print_report(console, speeds, found, advice, length)
+    if run.output is not None:
+        with atomic_file(run.output) as file:
+            bars = {TITLES[name]: speed for name, speed in speeds.items()}
+            title = f"{what}: {found.limit} limits, {hours_whole:,.3g} hours"
+            draw(bars, TITLES[found.limit], title, file)
+    if config.json is not None:
+        figures: dict[str, Any] = {
+            "images_per_second": {
+                n: {"median": s.median, "rounds": s.rounds} for n, s in speeds.items()
+            },
+            "judgement": vars(found),
+            "advice": advice,
+            "setting": vars(setting),
+            "recipe": run.recipe,
+            "batch": run.batch,
+            "samples": samples,
+            "hours": hours_whole,
+        }
+        with atomic_file(config.json) as file:
+            file.write(json.dumps(figures, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    run_program(main, (EncoderError,))
