@@ -1,8 +1,8 @@
 """Which part of a run limits it, by how much, and what can be changed: the arithmetic of it.
 
-Speeds are images per second of one process. The parts read, decode and views run ahead of the model. On
-a CPU all four share the cores, so their times add up; on a GPU reading and decoding have the
-host's cores, and the slowest part decides.
+Speeds are images per second of one process. The parts read, decode and views run ahead of the
+model. On a CPU all four share the cores, so their times add up; with a GPU reading and decoding
+have the host's cores, views and model the GPU, and the slowest of them decides.
 """
 
 import statistics

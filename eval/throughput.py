@@ -182,6 +182,20 @@ def setting_of(config: TrainConfig, device: torch.device, loader: PairLoader) ->
     )
 
 
+def check(config: TrainConfig) -> None:
+    """See that the settings fit one process on this machine.
+
+    Raises:
+        InputError: naming what does not.
+    """
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
+    try:
+        groups_per_process(config.moco, config.batch, 1)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def images_of(config: TrainConfig, loader: PairLoader) -> int:
     """Pictures that the whole run sees."""
     steps = config.steps or round(config.epochs * loader.order.steps_per_epoch)
@@ -218,7 +232,7 @@ def main() -> None:
     about = about_recipes(__doc__ or "", recipe)
     config = parse_flags(ThroughputConfig, about, rest, ThroughputConfig(run=recipe))
     run, console = config.run, Console()
-    groups_per_process(run.moco, run.batch, 1)
+    check(run)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=run.precision)
     device = accelerator.device
     if device.type == "cpu":

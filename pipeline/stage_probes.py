@@ -16,14 +16,15 @@ from PIL import Image
 
 from pipeline.batch_plan import Bytes, PlannedBatch
 from pipeline.data_config import DataConfig, cpu_threads
-from pipeline.engines import DaliEngine
 from pipeline.loader import PairLoader
 from pipeline.order import Ints
 from pipeline.torch_views import DecodeError, decode, normalise, view_picture
 from pipeline.view_recipe import PAIRS, ViewParameters, draw_view
 
-if DaliEngine is not None:
+try:
     from pipeline import dali_views
+except ImportError:  # DALI has wheels for Linux only
+    dali_views = None  # type: ignore[assignment]
 
 # Decoded pictures are held in memory while their views are timed.
 DECODED_BYTES = 1 << 30
@@ -86,7 +87,7 @@ def resident(planned: PlannedBatch) -> ResidentPictures:
 
 def uses_dali(config: DataConfig) -> bool:
     """Whether the views of a run are made by DALI."""
-    return DaliEngine is not None and config.engine != "torchvision"
+    return dali_views is not None and config.engine != "torchvision"
 
 
 @contextmanager
