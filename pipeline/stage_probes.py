@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline.batch_plan import Bytes, PlannedBatch
 from pipeline.data_config import DataConfig, cpu_threads
+from pipeline.engines import engine_for
+from pipeline.kernel_views import Floats, decoded_rgb, fill_row, kernel_inputs, level_tables
 from pipeline.loader import PairLoader
 from pipeline.order import Ints
 from pipeline.torch_views import DecodeError, decode, normalise, view_picture
@@ -43,7 +45,7 @@ class ResidentPictures:
     """Pictures of a batch in memory, encoded and decoded."""
 
     encoded: list[Bytes]
-    decoded: list[Image.Image]
+    decoded: list[Bytes]
     size_px_N2: Ints
     sample_N: Ints
 
@@ -66,14 +68,14 @@ def resident(planned: PlannedBatch) -> ResidentPictures:
         DecodeError: if there is none.
     """
     rows: list[int] = []
-    decoded: list[Image.Image] = []
+    decoded: list[Bytes] = []
     free = DECODED_BYTES
     for row, picture in enumerate(planned.pictures):
         free -= 3 * int(planned.size_px_N2[row].prod())
         if decoded and free < 0:
             break
         with suppress(DecodeError):
-            decoded.append(decode(picture))
+            decoded.append(np.array(decode(picture)))  # writable, as the kernels want it
             rows.append(row)
     if not decoded:
         raise DecodeError("no picture of the first batch can be decoded")
@@ -85,20 +87,22 @@ def resident(planned: PlannedBatch) -> ResidentPictures:
     )
 
 
-def uses_dali(config: DataConfig) -> bool:
-    """Whether the views of a run are made by DALI."""
-    return dali_views is not None and config.engine != "torchvision"
+def engine_of(config: DataConfig, device: torch.device) -> str:
+    """What makes the views of a run: ``dali``, ``kernels`` or ``torchvision``."""
+    return engine_for(device) if config.engine == "auto" else config.engine
 
 
 @contextmanager
 def decode_probe(
     config: DataConfig, pictures: ResidentPictures, device: torch.device
 ) -> Iterator[Probe]:
-    """Decoding, with the run's threads."""
+    """Decoding, with the run's engine and threads."""
     encoded, threads = pictures.encoded, cpu_threads(config)
-    if not uses_dali(config):
+    engine = engine_of(config, device)
+    if engine != "dali":
+        one: Callable[[Bytes], Any] = decoded_rgb if engine == "kernels" else decode
         with ThreadPoolExecutor(threads) as pool:
-            yield Probe(lambda: list(pool.map(decode, encoded)), len(encoded))
+            yield Probe(lambda: [None for _ in pool.map(one, encoded)], len(encoded))
         return
     inputs = [encoded]
     pipeline = dali_views.decode_graph(
@@ -114,22 +118,39 @@ def decode_probe(
 def views_probe(
     config: DataConfig, pictures: ResidentPictures, device: torch.device, *, half: bool
 ) -> Iterator[Probe]:
-    """Drawing the parameters and making both views of decoded pictures, with the run's threads."""
-    recipes, epochs = PAIRS[config.views], itertools.count()
-    count, threads = len(pictures.decoded), cpu_threads(config)
+    """Drawing the parameters and making both views of decoded pictures, with engine and threads."""
+    epochs = itertools.count()
 
     def draw() -> tuple[ViewParameters, ...]:
         epoch = next(epochs)
         return tuple(
             draw_view(recipe, pictures.size_px_N2, (0, epoch, view), pictures.sample_N)
-            for view, recipe in enumerate(recipes)
+            for view, recipe in enumerate(PAIRS[config.views])
         )
 
-    if not uses_dali(config):
-        with ThreadPoolExecutor(threads) as pool:
-            yield Probe(lambda: _torch_views(pool, pictures.decoded, draw(), config), count)
+    engine = engine_of(config, device)
+    if engine == "dali":
+        yield _dali_views(config, pictures, device, draw, half=half)
         return
-    pixels: list[Any] = [np.asarray(picture) for picture in pictures.decoded]
+    count = len(pictures.decoded)
+    with ThreadPoolExecutor(cpu_threads(config)) as pool:
+        if engine == "kernels":
+            yield Probe(lambda: _kernel_views(pool, pictures.decoded, draw(), config), count)
+        else:
+            images = [Image.fromarray(pixels) for pixels in pictures.decoded]
+            yield Probe(lambda: _torch_views(pool, images, draw(), config), count)
+
+
+def _dali_views(
+    config: DataConfig,
+    pictures: ResidentPictures,
+    device: torch.device,
+    draw: Callable[[], tuple[ViewParameters, ...]],
+    *,
+    half: bool,
+) -> Probe:
+    recipes = PAIRS[config.views]
+    pixels: list[Any] = list(pictures.decoded)
     if device.type == "cuda":
         pixels = [torch.tensor(picture, device=device) for picture in pixels]
     given: list[list[Any]] = []  # inputs are not copied, so they must live until they were used
@@ -147,10 +168,30 @@ def views_probe(
         normalisation=(config.mean, config.std),
         device="gpu" if device.type == "cuda" else "cpu",
         half=half,
-        **dali_views.pipeline_arguments(count, threads, device),
+        **dali_views.pipeline_arguments(len(pixels), cpu_threads(config), device),
     )
     pipeline.build()
-    yield Probe(pipeline.run, count)
+    return Probe(pipeline.run, len(pixels))
+
+
+def _kernel_views(
+    pool: ThreadPoolExecutor,
+    decoded: list[Bytes],
+    views: tuple[ViewParameters, ...],
+    config: DataConfig,
+) -> list[Floats]:
+    inputs = [kernel_inputs(view) for view in views]
+    tables = level_tables(config.mean, config.std)
+    side = config.image_px
+    outputs = [torch.empty((len(decoded), 3, side, side)).numpy() for _ in views]
+
+    def one(row: int) -> None:
+        for view, output in zip(inputs, outputs, strict=True):
+            fill_row(decoded[row], view, row, tables, output[row])
+
+    for _ in pool.map(one, range(len(decoded))):
+        pass
+    return outputs
 
 
 def _torch_views(

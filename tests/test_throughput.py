@@ -39,7 +39,7 @@ def timed(monkeypatch, *words):
     return 0
 
 
-@pytest.mark.parametrize("engine", ["auto", "torchvision"])
+@pytest.mark.parametrize("engine", ["kernels", "torchvision", "dali"])
 def test_every_part_has_a_speed_and_one_of_them_limits(
     shard_set, tmp_path, monkeypatch, capsys, engine
 ):
