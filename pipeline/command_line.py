@@ -50,10 +50,12 @@ def one_line(box: str) -> str:
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip("│ ")
-        if re.fullmatch("─+", text):
+        if re.fullmatch("─+|-{3,}", text):
             parts.append([])
         elif text and not text.startswith(("╭", "╰")):
             parts[-1].append(text)
+    if "╭" not in box and len(parts) > 1:  # drawn for a terminal without Unicode: first the title
+        del parts[0]
     said = " ".join(parts[0])
     # "Error parsing moco: --moco.queue 0: give ..." names the flag twice.
     said = re.sub(r"^Error parsing \S+: (?=--)", "", said)

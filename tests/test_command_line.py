@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from pipeline.command_line import parse_flags
+from pipeline.command_line import one_line, parse_flags
 from pipeline.program import InputError
 
 
@@ -81,3 +81,18 @@ def test_help_still_leaves_with_code_0(capsys):
         parse_flags(Settings, "A program.", ["--help"])
     assert not leaving.value.code
     assert "Length of the queue" in capsys.readouterr().out
+
+
+def test_a_box_for_a_terminal_without_unicode_is_one_line_too():
+    box = """
+ Value error
+ ----------------------------------------------------
+  Error parsing Settings: --moco.queue 0: give more
+  ---------------------------------------------------
+  For full helptext, see x.py --help
+"""
+    assert one_line(box) == "--moco.queue 0: give more (--help lists every flag)"
+    rule = "-" * 40
+    box = f"Unrecognized options\n{rule}\nUnrecognized options: --moco.queu\n{rule}\n"
+    box += f"Perhaps you meant:\n  --moco.queue INT\n{rule}\nFor full helptext, run x.py --help"
+    assert one_line(box).startswith("Unrecognized options: --moco.queu: did you mean --moco.queue?")

@@ -57,7 +57,8 @@ def test_every_part_has_a_speed_and_one_of_them_limits(
     # Thirty epochs of five steps of eight.
     assert found["hours"] == pytest.approx(1200 / speeds["together"]["median"] / 3600)
     assert found["samples"] == 40 and found["setting"]["image_px"] == 32
-    assert Image.open(picture).format == "PNG" and Image.open(picture).width > 400
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > 400
     said = capsys.readouterr().out
     assert f"{found['judgement']['limit']} limits: " in said and "to change: " in said
     assert "1,200 images of a set of 40 take" in said
