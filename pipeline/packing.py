@@ -5,22 +5,24 @@ before any picture is read, so the bytes do not depend on the number of processe
 """
 
 import contextlib
-import functools
+import fcntl
 import json
+import math
 import os
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.entry_list import WHOLE_FILE, Entry, EntryList
-from pipeline.location import is_url
-from pipeline.remote_folder import Counters, RemoteError, RemoteFolder, RetryPolicy
+from pipeline.picture_header import BadHeaderError, read_header
 from pipeline.shard_format import NO_LABEL, Sample, index_name, write_shard
 from pipeline.torchvision_source import SCHEME, picture_of
 from pipeline.unfinished import (
+    WORK_NAME,
     ShardResult,
     blamed_path,
     in_hand_path,
@@ -32,6 +34,7 @@ from pipeline.worker_pool import advance
 
 # Pictures done before it, process, since when (of the monotonic clock, which all processes share).
 IN_HAND = struct.Struct("<QQd")
+LARGE_PIXELS = 25_000_000
 SIDE_CAR_LIMIT_BYTES = 1 << 20
 
 
@@ -95,22 +98,36 @@ def read_blamed(output: Path, number: int) -> dict[int, str]:
     return {int(count): reason for count, reason in content.items()}
 
 
+class _InHand:
+    """The note of a worker, for the program that watches it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+
+    def note(self, pictures: int, since_s: float) -> None:
+        os.pwrite(self._handle, IN_HAND.pack(pictures, os.getpid(), since_s), 0)
+
+    def close(self) -> None:
+        os.close(self._handle)
+        self._path.unlink(missing_ok=True)
+
+
 def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
     plan = job.plan
     labels = {name: label for label, name in enumerate(plan.classes)}
     blamed = read_blamed(plan.output, job.number)
     entries = EntryList(plan.list_folder, plan.count, plan.seed)
-    note = in_hand_path(plan.output, job.number)
-    in_hand = os.open(note, os.O_CREAT | os.O_RDWR, 0o644)
+    in_hand = _InHand(in_hand_path(plan.output, job.number))
     try:
         for key, entry in entries.read(*plan.places_of(job.number)):
-            now = IN_HAND.pack(result.pictures, os.getpid(), time.monotonic())
-            os.pwrite(in_hand, now, 0)
+            in_hand.note(result.pictures, time.monotonic())
             try:
                 if result.pictures in blamed:
                     raise RefusedError(blamed[result.pictures])
                 data, label = read_picture(entry, plan.limits)
-                accepted = accept_picture(data, plan.limits, plan.form)
+                with _alone_if_large(data, plan.output, in_hand, result.pictures):
+                    accepted = accept_picture(data, plan.limits, plan.form)
             except OSError as error:
                 result.refused.append((entry.name, f"cannot be read: {error.strerror}"))
             except RefusedError as error:
@@ -132,8 +149,26 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
             advance(1)
     finally:
         entries.close()
-        os.close(in_hand)
-        note.unlink(missing_ok=True)
+        in_hand.close()
+
+
+@contextmanager
+def _alone_if_large(data: bytes, output: Path, in_hand: _InHand, pictures: int) -> Iterator[None]:
+    """One large picture at a time on this machine: decoded it takes up to 8 bytes a pixel."""
+    try:
+        header = read_header(data)
+        is_large = header.width * header.height > LARGE_PIXELS
+    except BadHeaderError:
+        is_large = len(data) > LARGE_PIXELS // 8  # of a format that Pillow alone knows
+    if not is_large:
+        yield
+        return
+    with (output / WORK_NAME / "large").open("w") as file:
+        in_hand.note(pictures, math.inf)  # while it waits it does not take long
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        in_hand.note(pictures, time.monotonic())
+        yield
 
 
 def _number_of(label: str | int | None, labels: dict[str, int]) -> int:
@@ -154,22 +189,14 @@ def read_picture(entry: Entry, limits: Limits) -> tuple[bytes, str | int | None]
             return picture_of(entry.path, entry.offset)
         except Exception as error:  # a data set may raise anything for a picture
             raise RefusedError(f"cannot be read: {error or type(error).__name__}") from error
-    data = _fetched(entry.path) if is_url(entry.path) else _file_bytes(entry, limits)
+    if "://" not in entry.path:
+        return _file_bytes(entry, limits), entry.label
+    # Here, because the clients of object stores take a worker 0.15 s to import.
+    from pipeline.url_pictures import fetch
+
+    data = fetch(entry.path)
     check_bytes(len(data), limits)
     return data, entry.label
-
-
-def _fetched(url: str) -> bytes:
-    folder, _, name = url.rpartition("/")
-    try:
-        return _remote(folder).read(name)
-    except RemoteError as error:
-        raise RefusedError(f"cannot be fetched: {error}") from None
-
-
-@functools.lru_cache(maxsize=64)
-def _remote(folder: str) -> RemoteFolder:
-    return RemoteFolder(folder, RetryPolicy(), Counters())
 
 
 def _file_bytes(entry: Entry, limits: Limits) -> bytes:

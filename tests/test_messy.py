@@ -177,3 +177,49 @@ def test_what_was_transcoded_still_shows_the_same_picture(messy, monkeypatch, ke
         if apart > 3.3:  # an icon of 4 x 4 pixels; photos lose one
             far[source.name] = apart
     assert far == {}
+
+
+def damaged(data, rng):
+    """A file with what disks, networks and fuzzers do to one."""
+    data, kind = bytearray(data), rng.integers(0, 5)
+    if kind == 0:
+        for place in rng.integers(0, len(data), 8):
+            data[place] ^= 1 << int(rng.integers(0, 8))
+    elif kind == 1:  # in the header
+        for place in rng.integers(0, min(len(data), 700), 3):
+            data[place] = int(rng.integers(0, 256))
+    elif kind == 2:
+        del data[int(rng.integers(1, len(data) + 1)) :]
+    elif kind == 3:
+        start = int(rng.integers(0, len(data)))
+        data[start : start + 3000] = bytes(len(data[start : start + 3000]))
+    else:
+        start = int(rng.integers(0, len(data)))
+        data[start:start] = rng.bytes(int(rng.integers(1, 2000)))
+    return bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_of_a_thousand_damaged_files_all_that_is_accepted_decodes(
+    messy, tmp_path, pack_source, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    rng = np.random.default_rng(0)
+    files = [path for path in (messy[0] / "messy").rglob("*") if path.is_file()]
+    files = sorted(path for path in files if 0 < path.stat().st_size < 200_000)
+    (tmp_path / "in").mkdir()
+    for number in range(1000):
+        source = files[int(rng.integers(0, len(files)))]
+        name = f"{number:04d}{source.suffix}"
+        (tmp_path / "in" / name).write_bytes(damaged(source.read_bytes(), rng))
+    output = pack_source(tmp_path / "in", max_refused=1.0)
+    refused = (output / "refused.jsonl").read_text()
+    assert "crashed" not in refused and "took too long" not in refused
+    output.rename(tmp_path / "shards")
+    stored = [data for _, data, _ in stored_pictures(tmp_path)]
+    assert len(stored) > 200
+    for data, ours in zip(stored, decoded_by_dali(stored), strict=True):
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
+        apart = ours.astype(np.int16) - np.asarray(image.convert("RGB"))
+        assert np.abs(apart).max() <= 2
