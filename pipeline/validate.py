@@ -218,7 +218,7 @@ def _reasons_of_pillow(header: PictureHeader | None, limits: Limits) -> Iterator
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise RefusedError(f"too many pixels: {error}") from None
         except MemoryError:
-            raise RefusedError("decoding needs more memory than there is") from None
+            raise RefusedError("too much memory: more than there is") from None
         except Exception as error:
             kind = "truncated" if "truncated" in str(error).lower() else "damaged"
             raise RefusedError(f"{kind}: {error or type(error).__name__}") from error

@@ -282,3 +282,28 @@ def test_a_tar_header_is_what_tarfile_writes(name, size):
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     assert tar_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def test_a_reader_made_from_the_specification_alone_reads_a_set(shard_set, clean_pictures):
+    # shards/README.md in other words; nothing of pipeline/ is used.
+    manifest = json.loads((shard_set / "manifest.json").read_bytes())
+    assert (manifest["format"], manifest["version"]) == ("mocostream-shards", 1)
+    found = []
+    for shard in manifest["shards"]:
+        tar = (shard_set / shard["name"]).read_bytes()
+        index = (shard_set / shard["name"]).with_suffix(".index").read_bytes()
+        assert hashlib.sha256(tar).hexdigest() == shard["sha256"] and len(tar) == shard["bytes"]
+        assert hashlib.sha256(index).hexdigest() == shard["index_sha256"]
+        magic, version, size, count, crc32 = struct.unpack("<8sIIQI4x", index[:32])
+        assert (magic, version, size, count) == (b"MOCOIDX\0", 1, 24, shard["samples"])
+        assert zlib.crc32(index[32:]) == crc32
+        for place in range(32, len(index), 24):
+            block, size, crc32, label, width, height, flags, zero = struct.unpack(
+                "<IIIiHHHH", index[place : place + 24]
+            )
+            jpeg = tar[512 * block : 512 * block + size]
+            assert zlib.crc32(jpeg) == crc32 and (flags, zero) == (0, 0) and width and height
+            name = tar[512 * (block - 1) :][:100].split(b"\0")[0].decode("ascii")
+            assert name.startswith(manifest["classes"][label] + "/") and name.endswith(".jpg")
+            found.append(jpeg)
+    assert found == clean_pictures
