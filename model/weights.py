@@ -79,7 +79,7 @@ FORMATS: dict[Origin, Format] = {
     ),
     "moco": Format("official MoCo v1 or v2", ("encoder_q.",), ("encoder_k.",)),
     "moco-v3": Format("official MoCo v3", ("base_encoder.",), ("momentum_encoder.",)),
-    "ours": Format("mocostream", ("backbone.",)),
+    "ours": Format("mocostream or a backbone alone", ("backbone.",)),
     "plain": Format(
         "torchvision or timm",
         ("",),

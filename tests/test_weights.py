@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from model.encoder import EncoderConfig, make_backbone
+from model.encoder import Encoder, EncoderConfig, make_backbone
 from model.network_shape import WeightsError, network_of
 from model.weights import named as named_network
 from model.weights import put_into, read_weights
@@ -282,6 +282,15 @@ def test_a_small_stem_is_seen_and_solo_learns_padding_is_mentioned(tmp_path):
     weights = read_weights(saved(content, tmp_path))
     assert weights.network.stem == "cifar"
     assert "pads its 3x3 stem by 2" in weights.notes[0]
+
+
+@pytest.mark.parametrize("name", ["encoder_k.safetensors", "encoder_k.pth"])
+def test_the_encoder_file_of_a_checkpoint_of_ours_may_stand_alone(name, tmp_path):
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(backbone="resnet18", dim=8)).eval()
+    weights = read_weights(saved(encoder.state_dict(), tmp_path, name))
+    assert_same_features(weights, encoder.backbone)
+    assert weights.about.startswith("mocostream or a backbone alone, only encoder")
 
 
 def test_lightlys_own_resnet_is_numbered_without_gaps(tmp_path):
