@@ -37,10 +37,10 @@ def tar_files(place: Path) -> list[Path]:
         return [place] if place.suffix == ".tar" else []
     if not place.is_dir():
         return []
-    tars = sorted(place.glob("*.tar"))
     others = (path for path in place.iterdir() if not path.name.startswith("."))
-    is_images = any(path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir() for path in others)
-    return [] if is_images else tars
+    if any(path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir() for path in others):
+        return []
+    return sorted(place.glob("*.tar"))
 
 
 def tar_source(place: Path, tars: list[Path], config: SourceConfig) -> Source:

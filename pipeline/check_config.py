@@ -104,6 +104,16 @@ class SampleConfig:
             raise InputError(f"--seed {self.seed}: give a number of at least 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class UploadConfig:
+    """Which set to put into an object store."""
+
+    shards: Annotated[Path, tyro.conf.Positional]
+    """Folder with a manifest."""
+    url: Annotated[str, tyro.conf.Positional]
+    """s3://BUCKET/FOLDER or gs://BUCKET/FOLDER."""
+
+
 Command = (
     Annotated[
         IndexConfig,
@@ -138,6 +148,10 @@ Command = (
     | Annotated[
         SampleConfig,
         tyro.conf.subcommand("sample", description="Write some pictures out as files."),
+    ]
+    | Annotated[
+        UploadConfig,
+        tyro.conf.subcommand("upload", description="Put a set into an object store."),
     ]
 )
 

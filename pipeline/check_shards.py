@@ -6,6 +6,7 @@ python pipeline/check_shards.py stats SET
 python pipeline/check_shards.py drop SET KEYS...
 python pipeline/check_shards.py export-idx SET
 python pipeline/check_shards.py sample SET FOLDER
+python pipeline/check_shards.py upload SET s3://BUCKET/FOLDER
 """
 
 import sys
@@ -30,6 +31,7 @@ from pipeline.check_config import (
     IndexConfig,
     SampleConfig,
     StatsConfig,
+    UploadConfig,
     VerifyConfig,
 )
 from pipeline.command_line import parse_flags
@@ -50,6 +52,7 @@ from pipeline.program import InputError, available_cores, run_program
 from pipeline.set_stats import draw_stats, gather, rows_of
 from pipeline.shard_format import Manifest, read_manifest
 from pipeline.shard_store import ShardStore
+from pipeline.upload_set import upload
 from pipeline.verify_set import Fault, ShardCheck, check_jobs, verify_shard
 from pipeline.worker_pool import Job, Result, run_jobs
 
@@ -225,6 +228,20 @@ def sample(config: SampleConfig, console: Console) -> None:
     store.close()
 
 
+def upload_set(config: UploadConfig, console: Console) -> None:
+    """Put a set into an object store, with a progress bar that counts bytes."""
+    total = sum(path.stat().st_size for path in config.shards.glob("[!.]*") if path.is_file())
+    columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = 0
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("uploading", total=total)
+        for path in upload(config.shards, config.url):
+            progress.advance(bar, path.stat().st_size)
+            count += 1
+    line = f"{count:,} files in {config.url}, ready for train.py"
+    console.print(line, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Parse the command line and do what it says."""
     config: Any = parse_flags(Command, __doc__)  # type: ignore[arg-type]
@@ -236,6 +253,7 @@ def main() -> None:
         DropConfig: drop_keys,
         ExportIdxConfig: export_idx,
         SampleConfig: sample,
+        UploadConfig: upload_set,
     }
     commands[type(config)](config, console)
 

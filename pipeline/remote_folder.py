@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
@@ -146,6 +147,14 @@ class RemoteFolder:
             return data
 
         return self._insist(name, once)
+
+    def write(self, name: str, path: Path) -> None:
+        """Put a local file there under this name; it appears whole or not at all.
+
+        Raises:
+            RemoteError: if it cannot be written.
+        """
+        self._insist(name, lambda: obstore.put(self._store, name, path))
 
     def download(self, name: str, size: int, sha256: str, handle: int) -> None:
         """Fill an open file with a remote one.
