@@ -160,6 +160,11 @@ def _advice_model(setting: Setting) -> list[str]:
     return [*advice, "more or faster GPUs: the data path waits for the model"]
 
 
+def figure(speed: float) -> str:
+    """A speed with three digits that matter, without exponents."""
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+
+
 def hours(images: float, images_per_second: float) -> float:
     """How long so many pictures take."""
     return images / images_per_second / 3600
@@ -182,10 +187,10 @@ def draw(speeds: dict[str, Speed], limit: str, title: str, picture: BinaryIO) ->
         "tab:red" if name == limit else "tab:blue" if name in names[: len(PARTS)] else "grey"
         for name in names
     ]
-    figure, axis = plt.subplots(figsize=(8, 0.55 * len(names) + 1.4), layout="constrained")
+    chart, axis = plt.subplots(figsize=(8, 0.55 * len(names) + 1.4), layout="constrained")
     axis.barh(names, medians, xerr=[below, above], color=colours, capsize=3, height=0.65)
     for row, name in enumerate(names):
-        note = f"  {speeds[name].median:,.4g}"
+        note = f"  {figure(speeds[name].median)}"
         axis.annotate(note, (speeds[name].high, row), va="center", fontsize=9)
     axis.set_xscale("log")
     axis.set_xlim(min(medians) / 3, max(speed.high for speed in speeds.values()) * 4)
@@ -193,5 +198,5 @@ def draw(speeds: dict[str, Speed], limit: str, title: str, picture: BinaryIO) ->
     axis.set_xlabel("images/s (median and range of the rounds)")
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
+    chart.savefig(picture, format="png", dpi=120)
+    plt.close(chart)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eval.roofline import Judgement, Setting, Speed, advise, draw, hours, judge
+from eval.roofline import Judgement, Setting, Speed, advise, draw, figure, hours, judge
 from eval.run_config import TrainConfig, about_recipes, recipe_of
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, loss_scale, make_dictionary
@@ -41,6 +41,7 @@ from pipeline.stage_probes import Probe, decode_probe, read_probe, resident, vie
 
 # What lies ready in queues when nothing was asked for is no measure of the speed.
 QUEUED_BATCHES = READ_AHEAD_BATCHES + 3
+WARM_UP_RUNS = 3
 TITLES = {
     "read": "read (one thread)",
     "decode": "decode",
@@ -105,7 +106,15 @@ class TrainingStep:
 
 
 def timed(probe: Probe, seconds: float) -> float:
-    """Images per second of at least one run and so many seconds."""
+    """Images per second of at least one run and so many seconds, after warming up.
+
+    The first steps of a network after something else ran are slower, on a CPU by many times.
+    """
+    started = time.perf_counter()
+    for _ in range(WARM_UP_RUNS):
+        probe.run()
+        if time.perf_counter() - started > seconds:
+            break
     _synchronise()
     started = time.perf_counter()
     runs = 0
@@ -210,15 +219,15 @@ def print_report(
     for name, speed in speeds.items():
         style = "red" if name == found.limit else ""
         share = f"{found.share[name]:.1%}" if name in found.share else ""
-        span = f"{speed.low:,.4g} to {speed.high:,.4g}"
-        table.add_row(TITLES[name], f"{speed.median:,.4g}", span, share, style=style)
+        span = f"{figure(speed.low)} to {figure(speed.high)}"
+        table.add_row(TITLES[name], figure(speed.median), span, share, style=style)
     console.print(table)
     together = speeds["together"].median
     lines = [
-        f"{found.limit} limits: alone it is {found.factor:.2g} times slower than the next part",
-        f"the parts could reach {found.possible:,.4g} images/s together and reach "
-        f"{together:,.4g}; if {found.limit} cost nothing, they could reach "
-        f"{found.without_limit:,.4g}",
+        f"{found.limit} limits: alone it is {figure(found.factor)} times slower than the next part",
+        f"the parts could reach {figure(found.possible)} images/s together and reach "
+        f"{figure(together)}; if {found.limit} cost nothing, they could reach "
+        f"{figure(found.without_limit)}",
         *(f"to change: {line}" for line in advice),
         length,
     ]

@@ -26,6 +26,7 @@ from pipeline.foreign_shards import (
     numbers_of,
     sha256_of,
 )
+from pipeline.location import as_location
 from pipeline.program import InputError
 from pipeline.shard_format import (
     MANIFEST_NAME,
@@ -56,7 +57,8 @@ def find_tars(places: Iterable[str]) -> list[Path]:
     Raises:
         InputError: if there is none, or two cannot be told apart by their names.
     """
-    tars = [tar for place in places for one in _expanded(place) for tar in _tars_of(Path(one))]
+    named = [one for place in places for one in _expanded(place)]
+    tars = [tar for place in named for tar in _tars_of(place)]
     if not tars:
         raise InputError("no tars: give WebDataset tars or a folder of them")
     by_index: dict[str, Path] = {}
@@ -88,7 +90,13 @@ def _expanded(place: str) -> list[str]:
         raise InputError(f"{place}: a brace is not closed; write {{000..123}}") from error
 
 
-def _tars_of(place: Path) -> list[Path]:
+def _tars_of(name: str) -> list[Path]:
+    place = as_location(name)
+    if isinstance(place, str):
+        raise InputError(
+            f"{name} is behind a URL, and a tar is read whole to be indexed: fetch the tars, index "
+            "them here, and upload indexes and manifest beside them"
+        )
     if place.is_dir():
         tars = sorted(path.absolute() for path in place.glob("*.tar") if path.is_file())
         if not tars:

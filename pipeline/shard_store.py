@@ -33,6 +33,7 @@ from pipeline.shard_format import (
     parse_index,
 )
 from pipeline.shard_source import LocalSource, RemoteSource
+from pipeline.tar_members import split_name
 
 Bytes = NDArray[np.uint8]
 
@@ -193,7 +194,8 @@ class ShardStore:
             member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
         except (tarfile.HeaderError, BadSampleError):
             return ""
-        return member.name.rpartition(".")[0]
+        parts = split_name(member.name)
+        return parts[0] if parts else member.name
 
     def _bytes(self, shard: int, tar: Tar, start: int, size: int) -> Bytes:
         try:

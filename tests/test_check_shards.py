@@ -346,6 +346,8 @@ def test_names_that_cannot_be_told_apart_are_refused(tmp_path, pictures):
         ([tmp_path / "x.tar"], "does not exist"),
         ([f"{tmp_path}/{{0..99999999999}}"], "more than 1,000,000 tars"),
         ([], "no tars"),
+        (["s3://bucket/{0..2}.tar"], "s3://bucket/0.tar is behind a URL"),
+        (["pipe:cat x.tar"], "pipe: is not served"),
     ):
         with pytest.raises(InputError, match=message):
             find_tars(map(str, places))

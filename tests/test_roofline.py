@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from eval.roofline import Setting, Speed, advise, draw, hours, judge
+from eval.roofline import Setting, Speed, advise, draw, figure, hours, judge
 
 CPU = Setting(
     device="cpu",
@@ -102,3 +102,8 @@ def test_the_picture_has_bars_in_the_colour_of_the_limit(tmp_path):
     colours = {colour: count for count, colour in image.getcolors(1 << 20)}
     red, blue = colours[(214, 39, 40)], colours[(31, 119, 180)]
     assert 2.5 < blue / red < 3.5 and colours[(128, 128, 128)] > red / 2
+
+
+def test_speeds_have_three_digits_and_no_exponents():
+    speeds = (0.01234, 1.234, 99.96, 1234.5, 62_380.0)
+    assert [figure(speed) for speed in speeds] == ["0.0123", "1.23", "100", "1,234", "62,380"]
