@@ -190,9 +190,14 @@ class EntryList:
             if number in self._dropped:
                 continue
             entry = self.at(number)
-            at = np.searchsorted(self._shared, np.uint64(_stem_hash(entry.name)))
-            is_shared = at < len(self._shared) and self._shared[at] == _stem_hash(entry.name)
-            yield key_of(entry.name, is_shared=bool(is_shared)), entry
+            yield key_of(entry.name, is_shared=self._is_shared(entry.name)), entry
+
+    def _is_shared(self, name: str) -> bool:
+        if not len(self._shared):
+            return False
+        stem = np.uint64(_stem_hash(name))
+        at = np.searchsorted(self._shared, stem)
+        return bool(at < len(self._shared) and self._shared[at] == stem)
 
 
 def _stem_of(name: str) -> str:
