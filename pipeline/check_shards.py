@@ -38,12 +38,12 @@ from pipeline.command_line import parse_flags
 from pipeline.drop_samples import FoundKeys, drop, find_jobs, find_keys, read_keys
 from pipeline.export_set import export_indexes, write_samples
 from pipeline.foreign_shards import IndexedShard, IndexRules, index_shard
+from pipeline.found_tars import find_tars
 from pipeline.index_set import (
     JOURNAL_NAME,
     UNUSUAL_NAME,
     add_line,
     being_indexed,
-    find_tars,
     plan_jobs,
     read_journal,
     write_set,
@@ -91,7 +91,12 @@ def index(config: IndexConfig, console: Console) -> Manifest:
     """
     started = time.monotonic()
     tars = find_tars(config.shards)
-    output = config.output or tars[0].parent
+    folder = tars[0].folder
+    output = config.output or folder
+    if isinstance(output, str):
+        raise InputError(
+            f"{output} is behind a URL: give a local folder for the index with --output"
+        )
     rules = IndexRules(decode=config.decode, label_key=config.label_key)
     with being_indexed(output) as journal:
         known = read_journal(journal)
@@ -102,11 +107,11 @@ def index(config: IndexConfig, console: Console) -> Manifest:
             done[shard.info.name] = shard
             add_line(journal, shard)
 
-        total = sum(job.tar.stat().st_size for job in plan.jobs)
+        total = sum(job.tar.size for job in plan.jobs)
         run_with_bar(console, "indexing", index_shard, plan.jobs, config.workers, total, take)
         shards = [done[tar.name] for tar in tars]
         others = [shard for name, shard in known.items() if name not in done]
-        manifest = write_set(shards, others, tars[0].parent, output, rules)
+        manifest = write_set(shards, others, folder, output, rules)
     seconds = time.monotonic() - started
     console.print(index_table(shards, manifest, len(plan.kept), f"{seconds:.1f} s"))
     if any(shard.unusual for shard in shards):

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from pipeline.found_tars import FoundTar, local_copy
 from pipeline.header_check import judge_header
 from pipeline.picture_header import PictureHeader
 from pipeline.shard_format import (
@@ -57,12 +58,10 @@ class IndexRules:
 class IndexJob:
     """A tar to be indexed."""
 
-    tar: Path
+    tar: FoundTar
     output: Path
     """Folder for the index."""
     rules: IndexRules
-    version: str
-    """Of the tar: changes when somebody writes to it."""
     known: "IndexedShard | None" = None
     """An earlier index of a tar of this size: good if the bytes are still the same."""
 
@@ -283,18 +282,19 @@ def index_shard(job: IndexJob) -> IndexedShard:
         InputError: if it is not a tar, or is empty.
         OSError: if it cannot be read, or the index not be written.
     """
-    size = job.tar.stat().st_size
-    if job.known is not None:
-        if (size, sha256_of(job.tar)) == (job.known.info.bytes, job.known.info.sha256):
-            job.known.version = job.version
-            return job.known
-        advance(-size)
-    indexer = ShardIndexer(job.rules, Limits())
-    with job.tar.open("rb") as headers, job.tar.open("rb") as file:
-        members = TarMembers(headers, size, str(job.tar))
-        reader = _Reader(file)
-        indexer.read(members, reader)
-        size, sha256 = reader.finish()
+    with local_copy(job.tar, job.output) as path:
+        size = path.stat().st_size
+        if job.known is not None:
+            if (size, sha256_of(path)) == (job.known.info.bytes, job.known.info.sha256):
+                job.known.version = job.tar.version
+                return job.known
+            advance(-size)
+        indexer = ShardIndexer(job.rules, Limits())
+        with path.open("rb") as headers, path.open("rb") as file:
+            members = TarMembers(headers, size, str(job.tar))
+            reader = _Reader(file)
+            indexer.read(members, reader)
+            size, sha256 = reader.finish()
     classes = indexer.number_labels()
     labels = [record[LABEL_FIELD] for record in indexer.records]
     index_sha256 = ""
@@ -309,7 +309,7 @@ def index_shard(job: IndexJob) -> IndexedShard:
             sha256=sha256,
             index_sha256=index_sha256,
         ),
-        version=job.version,
+        version=job.tar.version,
         rules=job.rules,
         ending=members.ending,
         unusual=indexer.unusual,

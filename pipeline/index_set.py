@@ -6,9 +6,7 @@ doing. It is also how a later run knows which tars are still the same.
 
 import fcntl
 import json
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipeline.foreign_shards import (
     LABEL_LIMIT,
@@ -26,7 +23,7 @@ from pipeline.foreign_shards import (
     numbers_of,
     sha256_of,
 )
-from pipeline.location import as_location
+from pipeline.found_tars import FoundTar
 from pipeline.program import InputError
 from pipeline.shard_format import (
     MANIFEST_NAME,
@@ -44,67 +41,6 @@ from pipeline.shard_format import (
 JOURNAL_NAME = "indexed.jsonl"
 UNUSUAL_NAME = "unusual.jsonl"
 PROGRAM = "check_shards index"
-TARS_LIMIT = 1_000_000  # that braces may stand for
-NUMBER_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
-
-
-def find_tars(places: Iterable[str]) -> list[Path]:
-    """The tars that a command line names, in its order.
-
-    Args:
-        places: tars, folders (their ``*.tar``, by name), either with ``{000..123}`` or ``{a,b}``.
-
-    Raises:
-        InputError: if there is none, or two cannot be told apart by their names.
-    """
-    named = [one for place in places for one in _expanded(place)]
-    tars = [tar for place in named for tar in _tars_of(place)]
-    if not tars:
-        raise InputError("no tars: give WebDataset tars or a folder of them")
-    by_index: dict[str, Path] = {}
-    for tar in tars:
-        other = by_index.setdefault(index_name(tar.name), tar)
-        if other is not tar:
-            what = "is given twice" if other == tar else f"and {other} have the same name"
-            raise InputError(f"{tar} {what}: each tar of a set needs a name of its own")
-    folders = {tar.parent for tar in tars}
-    if len(folders) > 1:
-        first, second = sorted(map(str, folders))[:2]
-        raise InputError(
-            f"the tars lie in {len(folders)} folders ({first}, {second}): index each folder by "
-            "itself, or link the tars into one"
-        )
-    return tars
-
-
-def _expanded(place: str) -> list[str]:
-    if "{" not in place or Path(place).exists():
-        return [place]
-    # Looked at before: braceexpand makes every name of a range before it gives the first.
-    ranges = (abs(int(last) - int(first)) + 1 for first, last in NUMBER_RANGE.findall(place))
-    if math.prod(ranges) > TARS_LIMIT:
-        raise InputError(f"{place} stands for more than {TARS_LIMIT:,} tars: give fewer")
-    try:
-        return list(braceexpand(place))
-    except UnbalancedBracesError as error:
-        raise InputError(f"{place}: a brace is not closed; write {{000..123}}") from error
-
-
-def _tars_of(name: str) -> list[Path]:
-    place = as_location(name)
-    if isinstance(place, str):
-        raise InputError(
-            f"{name} is behind a URL, and a tar is read whole to be indexed: fetch the tars, index "
-            "them here, and upload indexes and manifest beside them"
-        )
-    if place.is_dir():
-        tars = sorted(path.absolute() for path in place.glob("*.tar") if path.is_file())
-        if not tars:
-            raise InputError(f"{place} holds no *.tar: give the folder in which the tars lie")
-        return tars
-    if not place.is_file():
-        raise InputError(f"{place} does not exist: check the path")
-    return [place.absolute()]
 
 
 @contextmanager
@@ -188,22 +124,18 @@ class Plan:
 
 
 def plan_jobs(
-    tars: list[Path], output: Path, rules: IndexRules, known: dict[str, IndexedShard]
+    tars: list[FoundTar], output: Path, rules: IndexRules, known: dict[str, IndexedShard]
 ) -> Plan:
     """Decide which tars have to be read."""
     kept, jobs = [], []
     for tar in tars:
-        status = tar.stat()
-        version = str(status.st_mtime_ns)
         earlier = known.get(tar.name)
-        if earlier is not None and not _is_whole(earlier, output, rules, status.st_size):
+        if earlier is not None and not _is_whole(earlier, output, rules, tar.size):
             earlier = None
-        if earlier is not None and earlier.version == version:
+        if earlier is not None and earlier.version == tar.version:
             kept.append(earlier)
         else:
-            jobs.append(
-                IndexJob(tar=tar, output=output, rules=rules, version=version, known=earlier)
-            )
+            jobs.append(IndexJob(tar=tar, output=output, rules=rules, known=earlier))
     return Plan(kept, jobs)
 
 
@@ -271,7 +203,7 @@ def _renumber(shard: IndexedShard, output: Path, numbers: dict[int, int]) -> Non
 def write_set(
     shards: list[IndexedShard],
     others: Iterable[IndexedShard],
-    tars: Path,
+    tars: Path | str,
     output: Path,
     rules: IndexRules,
 ) -> Manifest:

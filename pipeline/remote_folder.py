@@ -148,6 +148,24 @@ class RemoteFolder:
 
         return self._insist(name, once)
 
+    def file(self, name: str) -> tuple[str, int, str]:
+        """Name, size and version of a file.
+
+        Raises:
+            RemoteError: if it is not there or cannot be asked for.
+        """
+        meta = self._insist(name, lambda: obstore.head(self._store, name))
+        return name, meta["size"], _version(meta)
+
+    def files(self) -> list[tuple[str, int, str]]:
+        """Likewise of all files directly in the folder, by name.
+
+        Raises:
+            RemoteError: if they cannot be listed.
+        """
+        found = self._insist("", lambda: obstore.list_with_delimiter(self._store))
+        return sorted((m["path"], m["size"], _version(m)) for m in found["objects"])
+
     def write(self, name: str, path: Path) -> None:
         """Put a local file there under this name; it appears whole or not at all.
 
@@ -280,3 +298,8 @@ def _sha256(handle: int, size: int) -> str:
     for start in range(0, size, 1 << 20):
         digest.update(os.pread(handle, min(1 << 20, size - start), start))
     return digest.hexdigest()
+
+
+def _version(meta: Any) -> str:
+    """Changes when somebody writes to the file."""
+    return str(meta.get("version") or meta.get("e_tag") or meta.get("last_modified"))

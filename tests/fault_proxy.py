@@ -34,6 +34,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        self.pass_on("GET")
+
+    def do_HEAD(self):
+        self.pass_on("HEAD")
+
+    def pass_on(self, method):
         with self.server.count_lock:
             number = len(self.server.requests)
             self.server.requests.append((self.path, self.headers.get("Range")))
@@ -47,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         upstream = http.client.HTTPConnection(*self.server.target)
-        upstream.request("GET", self.path, headers=dict(self.headers))
+        upstream.request(method, self.path, headers=dict(self.headers))
         answer = upstream.getresponse()
         body = answer.read()
         upstream.close()
@@ -56,7 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 changed = fault[0] == "etag" and name.lower() == "etag"
                 self.send_header(name, fault[1] if changed else value)
-        self.send_header("Content-Length", str(len(body)))
+        length = answer.getheader("Content-Length") if method == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length or "0")
         self.end_headers()
         if fault[0] == "slow":
             self.wfile.write(body[:100])

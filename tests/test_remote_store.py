@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import json
 import os
 import random
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from rich.console import Console
 
-from pipeline import remote_folder
+from pipeline import check_shards, found_tars, remote_folder
+from pipeline.check_shards import IndexConfig
 from pipeline.data_config import DataConfig
 from pipeline.loader import PairLoader
 from pipeline.program import InputError
@@ -477,3 +480,63 @@ def test_closing_while_shards_are_being_fetched_ends_soon(proxy, tmp_path, monke
         closing.start()
         closing.join(8)
         assert not closing.is_alive() and not list((tmp_path / str(attempt)).glob("*.part"))
+
+
+def index_urls(output, *urls):
+    console = Console(file=io.StringIO(), width=200)
+    config = IndexConfig(shards=urls, output=output, workers=1)
+    return check_shards.index(config, console), console.file.getvalue()
+
+
+@pytest.fixture
+def foreign_urls(shard_set, s3):
+    """The tars of ``shard_set`` in a bucket, without their manifest and indexes."""
+    host, port = s3
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys
+    )
+    for path in shard_set.glob("*.tar"):
+        client.put_object(Bucket="bucket", Key=f"foreign/{path.name}", Body=path.read_bytes())
+    client.close()
+    return "s3://bucket/foreign"
+
+
+def test_tars_behind_a_url_are_indexed_and_read(proxy, foreign_urls, shard_set, tmp_path):
+    proxy.fault = lambda number, _: {1: ("status", 503), 3: ("cut", 700)}.get(number)
+    index = tmp_path / "index"
+    manifest, _ = index_urls(index, foreign_urls)
+    ours = ShardStore(shard_set).manifest
+    assert manifest.tars == foreign_urls
+    assert [(s.name, s.samples, s.sha256) for s in manifest.shards] == [
+        (s.name, s.samples, s.sha256) for s in ours.shards
+    ]
+    assert sorted(path.name for path in index.iterdir()) == [
+        *("indexed.jsonl", "manifest.json"),
+        *(f"shard-{number:06d}.index" for number in range(3)),
+    ]
+    with opened(tmp_path / "cache", url=index) as store:
+        local = ShardStore(shard_set)
+        for shard, size in enumerate((9, 20, 11)):
+            for place in range(size):
+                assert np.array_equal(store.picture(shard, place), local.picture(shard, place))
+    braces = f"{foreign_urls}/shard-{{000000..000002}}.tar"
+    again, said = index_urls(index, braces)
+    assert again == manifest and "3 of them unchanged" in said
+
+
+@pytest.mark.usefixtures("proxy")
+def test_what_cannot_be_listed_or_is_not_there_is_one_line(
+    foreign_urls, web, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(found_tars, "RetryPolicy", lambda: QUICK)
+    for urls, message in (
+        ((f"{foreign_urls}/none.tar",), "none.tar cannot be had"),
+        (("s3://bucket/nothing",), r"holds no \*\.tar"),
+        ((web,), "a web server lists no folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            index_urls(tmp_path / "index", *urls)
+    with pytest.raises(InputError, match="give a local folder for the index with --output"):
+        index_urls(None, foreign_urls)
+    assert list(tmp_path.iterdir()) == []
