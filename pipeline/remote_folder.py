@@ -27,7 +27,7 @@ from pipeline.location import http_form
 
 T = TypeVar("T")
 PART_BYTES = 8 << 20
-PARTS_AT_ONCE = 8
+PARTS_AT_ONCE = 8  # of one file
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "GOOGLE_BASE_URL")
 
 
