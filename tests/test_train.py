@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +22,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import webdataset
 from accelerate import Accelerator
+from rich.console import Console
 
 import train
 from eval.health_watch import HealthWatch
 from eval.judged import checkpoint_encoder
+from eval.knn import KnnProtocol, knn_of_shards
 from eval.run_config import RECIPES, parse_arguments
 from eval.weights_source import open_checkpoint
 from model import checkpoint
@@ -35,6 +39,7 @@ from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
 from model.step_guard import StepGuard
 from model.stopping import STOPPING
+from pipeline import check_shards
 from pipeline.loader import PairBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -850,3 +855,51 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_resume(sh
     done = command(*words, "--resume")
     assert done.code == 0 and "no checkpoint yet" in done.out
     assert len((tmp_path / "run" / "run.jsonl").read_text().splitlines()) == 1
+
+
+# Tars of other software --------------------------------------------------------------------------
+
+
+def write_foreign(folder, pictures, kind):
+    """The pictures of ``shard_set`` in its three shards, by webdataset or as PAX by tarfile."""
+    folder.mkdir()
+    first = 0
+    for number, size in enumerate((9, 20, 11)):
+        rows = range(first, first + size)
+        path = folder / f"{number:05d}.tar"
+        if kind == "webdataset":
+            with webdataset.TarWriter(str(path)) as writer:
+                for row in rows:
+                    sample = {"__key__": f"n{row:09d}", "jpg": pictures[row], "cls": row % 3}
+                    writer.write(sample)
+        else:
+            with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+                for row in rows:
+                    name = f"{'ä' * 120}/{row}"
+                    for suffix, data in (("jpeg", pictures[row]), ("cls", b"%d" % (row % 3))):
+                        member = tarfile.TarInfo(f"{name}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        first += size
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "pax"])
+def test_foreign_tars_train_and_judge_as_the_same_pictures_packed_by_us(
+    kind, shard_set, clean_pictures, tmp_path
+):
+    write_foreign(tmp_path / "tars", clean_pictures, kind)
+    foreign = tmp_path / "index"
+    config = check_shards.IndexConfig(shards=(str(tmp_path / "tars"),), output=foreign, workers=1)
+    check_shards.index(config, Console(file=io.StringIO()))
+    ours = trained(tmp_path / "ours", shard_set, "--steps", "3")
+    theirs = trained(tmp_path / "theirs", foreign, "--steps", "3")
+    losses = logged(ours, "loss")
+    assert logged(theirs, "loss") == losses and len(losses) == 3
+    assert_same_checkpoint(ours, theirs, 3)
+    judged = checkpoint_encoder(open_checkpoint(theirs, print), "bicubic")
+    scores = [
+        knn_of_shards(judged, shards, shards, KnnProtocol(k=(3,)), device=torch.device("cpu"))
+        for shards in (shard_set, foreign)
+    ]
+    assert scores[0]["top1"] == scores[1]["top1"] and scores[1]["skipped_images"] == 0
+    assert set(scores[1]["per_class"]) == {"0", "1", "2"}
