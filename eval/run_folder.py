@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.environment import environment
 from eval.run_config import MAY_CHANGE, TrainConfig
 from eval.run_report import LOG_NAME, trim_log
 from model.checkpoint import (
@@ -21,6 +22,7 @@ from pipeline.settings import flat, to_plain
 from pipeline.shard_format import atomic_file
 
 CONFIG_NAME = "config.json"
+ENVIRONMENT_NAME = "environment.json"
 # Values of --resume beside the path of a checkpoint or of a run.
 NEWEST, IF_ANY = "newest", "auto"
 # Set, and above 0, where a launcher has started this run before.
@@ -126,13 +128,14 @@ def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: st
 
 
 def write_settings(output: Path, config: TrainConfig) -> None:
-    """Make the folder, and in it the settings, which ``--config`` reads.
+    """Make the folder, and in it the settings, which ``--config`` reads, and the environment.
 
     Raises:
         OSError: if it cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
     write_plain(output / CONFIG_NAME, to_plain(config))
+    write_plain(output / ENVIRONMENT_NAME, environment())
 
 
 def trim_logs(output: Path, step: int) -> None:

@@ -38,7 +38,7 @@ from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
 from model.step_guard import StepGuard
-from model.stopping import STOPPING
+from model.stopping import RESTART_CODE, STOPPING
 from pipeline import check_shards
 from pipeline.loader import PairBatch
 
@@ -520,7 +520,9 @@ def test_weights_that_do_not_fit_end_before_a_run_is_written(shard_set, tmp_path
 def test_a_run_leaves_its_settings_log_curve_and_checkpoints(six_steps):
     left = {path.name for path in six_steps.iterdir()}
     steps = {"step-000000003", "step-000000006"}
-    assert left == {"config.json", "run.jsonl", "curve.png", "tensorboard"} | steps
+    assert (
+        left == {"config.json", "environment.json", "run.jsonl", "curve.png", "tensorboard"} | steps
+    )
     assert [step for step, _ in logged(six_steps, "loss")] == [1, 2, 3, 4, 5, 6]
     assert not list(six_steps.rglob("*.part"))
 
@@ -800,22 +802,67 @@ def one_and_two(tmp_path_factory, shard_set):
     folder = tmp_path_factory.mktemp("two")
     words = ["--data.shards", str(shard_set), "--steps", "5", "--batch", "16",
              "--data.image-px", "64", "--data.eval-resize-px", "64"]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-              "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", free_port()]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("ACCELERATE_USE_CPU")  # the program finds out itself that there is no GPU
-    done = subprocess.run(
-        [*launch, ROOT / "train.py", *TINY, *words, "--output", "run"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    process = launched(folder, *words, "--output", "run")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    done = SimpleNamespace(stdout=out, stderr=err)
     command(*TINY, *words, "--output", folder / "alone")
     return folder / "alone", folder / "run", done
+
+
+def launched(folder, *words, restarts=0):
+    """``accelerate launch`` of two processes, started."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+              "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", free_port(), "--max_restarts", str(restarts)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU")
+    return subprocess.Popen(
+        [*launch, ROOT / "train.py", *TINY, *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_until(process, start):
+    """Its output up to a line that starts so."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
+            return lines
+    raise AssertionError("".join(lines) + process.stderr.read())
+
+
+@pytest.mark.slow
+def test_a_signal_under_accelerate_launch_saves_and_the_run_goes_on_to_the_same_end(
+    shard_set, tmp_path
+):
+    words = ("--data.shards", shard_set, "--steps", "400", "--output")
+    run = (*words, "run", "--resume", "auto")
+    first = launched(tmp_path, *run)
+    lines_until(first, "step 3/")
+    first.send_signal(signal.SIGTERM)  # as a scheduler does: the launcher hands it on
+    out, err = first.communicate()
+    assert first.returncode != 0
+    stopped = re.search(r"stopped by SIGTERM after step (\d+) of 400 and saved", out)
+    assert stopped, out + err
+    second = launched(tmp_path, *run, restarts=1)
+    lines = lines_until(second, f"step {int(stopped[1]) + 3}/")
+    assert any(f"resumed after step {stopped[1]} " in line for line in lines)
+    workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGUSR1)  # one of the two: both save and leave
+    out, err = second.communicate()
+    assert second.returncode == 0, out + err  # the launcher has started them again
+    again = re.search(r"stopped by SIGUSR1 after step (\d+) of 400 and saved", out)
+    assert f"resumed after step {again[1]} " in out
+    assert f"exitcode  : {RESTART_CODE}" in err or str(RESTART_CODE) in err
+    whole = launched(tmp_path, *words, "whole")
+    assert whole.communicate() and whole.returncode == 0
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "whole", 400)
 
 
 @pytest.mark.slow

@@ -1,0 +1,266 @@
+"""One HTML page about a run, with all pictures in it, that needs nothing else and no network.
+
+    python eval/report.py RUN
+
+Curves, health and kNN history from the run's log; a contact sheet of its views; nearest
+neighbours of some pictures by the newest intact checkpoint; settings, environment, and what was
+left out. Written to RUN/report.html.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+
+if not __package__:  # run as a script: import from the repository root, not from eval/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+
+from eval.judged import checkpoint_encoder
+from eval.report_page import Page, curve_of, shown
+from eval.run_config import RECIPES
+from eval.run_folder import ENVIRONMENT_NAME
+from eval.run_report import LOG_NAME
+from eval.step_log import logs_of
+from eval.weights_source import open_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
+from pipeline.command_line import parse_flags
+from pipeline.data_config import DataConfig, cache_of
+from pipeline.loader import PairLoader
+from pipeline.program import InputError, run_program
+from pipeline.settings import flat, from_plain, to_plain
+from pipeline.shard_format import atomic_file
+from pipeline.shard_store import BadSampleError, ShardStore
+from pipeline.show_views import as_pictures
+from pipeline.torch_views import DecodeError, decode, eval_picture, normalise
+
+LISTED_BAD = 20
+BATCH = 64
+MAIN_CURVES = {
+    "loss": "loss (nats)",
+    "pretext_accuracy": "pretext accuracy",
+    "knn_top1": "kNN top-1",
+    "learning_rate": "learning rate",
+    "images_per_second": "images/s",
+    "data_wait_share": "share of time waiting for data",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the page shows, and where it goes."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run."""
+    output: Path | None = None
+    """HTML file to write. None: report.html in the run's folder."""
+    shards: str | None = None
+    """Where the run's shards lie now. None: where they lay."""
+    pictures: int = 6
+    """Rows of the contact sheet and of the nearest neighbours."""
+    neighbours: int = 6
+    """Nearest neighbours of each picture."""
+    searched: int = 1000
+    """Pictures, spread evenly over the set, among which neighbours are looked for."""
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "neighbours", "searched"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a half-written last one is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def series_of(lines: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Steps and values of everything that was logged as a number, by name."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                series.setdefault(name, []).append((line["step"], value))
+    return series
+
+
+def add_curves(page: Page, lines: list[dict[str, Any]]) -> None:
+    """Every logged number over the steps, those of training first."""
+    series = series_of(lines)
+    page.heading("Curves")
+    names = [name for name in MAIN_CURVES if name in series]
+    page.figures(curve_of(MAIN_CURVES[name], series[name]) for name in names)
+    rest = [name for name in series if name not in MAIN_CURVES]
+    if rest:
+        page.heading("Health of the dictionary, and what else was logged")
+        page.figures(curve_of(name.replace("_", " "), series[name]) for name in rest)
+    if "knn_top1" in series:
+        page.heading("kNN history")
+        rows = [(f"{step:,}", f"{score:.2%}") for step, score in series["knn_top1"]]
+        page.table(("step", "top-1"), rows)
+
+
+def add_views(page: Page, data: DataConfig, config: dict[str, Any], pictures: int) -> None:
+    """Originals and the views of two epochs."""
+    page.heading("Views", f"{data.views} at {data.image_px} px: originals, and pairs of two epochs")
+    data = DataConfig(**{**vars(data), "lanes": 1, "threads": 1})
+    with PairLoader(
+        data, global_batch=pictures, seed=config["seed"], device=torch.device("cpu")
+    ) as loader:
+        planned = loader.plan(0)
+        columns = [
+            as_pictures(views_N3HW, data)
+            for epoch in range(2)
+            for views_N3HW in loader.make(planned, epoch)
+        ]
+        rows = [
+            [decode(picture), *(Image.fromarray(views[row]) for views in columns)]
+            for row, picture in enumerate(planned.pictures)
+        ]
+    page.sheet(("original", "query", "key", "query", "key"), rows)
+
+
+def some_pictures(store: ShardStore, count: int) -> list[Image.Image]:
+    """As many pictures, spread evenly over the set; those that cannot be used are left out."""
+    first_sample = np.concatenate([[0], np.cumsum(store.shard_samples)])
+    total = int(first_sample[-1])
+    found = []
+    for sample in np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)):
+        shard = int(np.searchsorted(first_sample, sample, side="right")) - 1
+        try:
+            found.append(decode(store.picture(shard, int(sample - first_sample[shard]))))
+        except (BadSampleError, DecodeError):
+            continue
+    return found
+
+
+@torch.inference_mode()
+def add_neighbours(page: Page, found: Checkpoint, store: ShardStore, config: ReportConfig) -> None:
+    """Pictures, and those that the encoder holds for most alike."""
+    judged = checkpoint_encoder(found, "bicubic")
+    view = judged.view
+    views = [
+        eval_picture(picture, view.resize_px, view.crop_px, view.interpolation)
+        for picture in some_pictures(store, config.searched)
+    ]
+    features = [
+        judged.network(normalise(views[start : start + BATCH], view.mean, view.std)).float()
+        for start in range(0, len(views), BATCH)
+    ]
+    feature_NF = F.normalize(torch.cat(features), dim=1)
+    asked = torch.linspace(0, len(views) - 1, min(config.pictures, len(views))).long()
+    similarity_QN = feature_NF[asked] @ feature_NF.T
+    similarity_QN[torch.arange(len(asked)), asked] = -2.0  # not itself
+    best = similarity_QN.topk(min(config.neighbours, len(views) - 1), dim=1)
+    page.heading(
+        "Nearest neighbours",
+        f"by cosine of the query encoder's features at step {found.step:,}, among {len(views):,} "
+        "pictures of the training set; the first of a row is what was asked for",
+    )
+    rows = [
+        [views[int(place)], *(views[int(other)] for other in others)]
+        for place, others in zip(asked, best.indices, strict=True)
+    ]
+    captions = [["", *(f"{value:.2f}" for value in values)] for values in best.values.tolist()]
+    page.sheet((), rows, captions)
+
+
+def add_settings(page: Page, config: dict[str, Any]) -> None:
+    """Every setting; those that differ from the recipe stand out."""
+    recipe = RECIPES.get(config["recipe"])
+    usual = flat(to_plain(recipe)) if recipe else {}
+    page.heading("Settings", f"recipe {config['recipe']}; what differs from it is marked")
+    rows, marked = [], set()
+    for number, (name, value) in enumerate(flat(config).items()):
+        rows.append((name, shown(value), shown(usual.get(name))))
+        if value != usual.get(name):
+            marked.add(number)
+    page.table(("setting", "value", "recipe's"), rows, marked)
+
+
+def add_left_out(page: Page, run: Path) -> None:
+    """Bad samples by reason, and steps without a finite gradient."""
+    bad = [line for path in logs_of(run, "quarantine") for line in logged(path)]
+    skipped = {line["step"] for path in logs_of(run, "skipped") for line in logged(path)}
+    page.heading("Left out", f"{len(bad):,} bad samples, {len(skipped):,} steps")
+    reasons = Counter(str(line["reason"]) for line in bad)
+    if reasons:
+        page.table(("reason", "samples"), [(r, f"{n:,}") for r, n in reasons.most_common()])
+        rows = [
+            tuple(shown(line.get(name)) for name in ("step", "shard", "index", "key", "reason"))
+            for line in bad[:LISTED_BAD]
+        ]
+        page.table(("step", "shard", "index", "key", "reason"), rows)
+
+
+def write_report(config: ReportConfig) -> Path:
+    """Make the page; where it is.
+
+    Raises:
+        InputError, CheckpointError: if the run has no log, no intact checkpoint or no shards.
+    """
+    lines = logged(config.run / LOG_NAME)
+    if not lines:
+        raise InputError(
+            f"{config.run} has no {LOG_NAME} with a finished line: give a run's folder"
+        )
+    warnings: list[str] = []
+    found = open_checkpoint(config.run, warnings.append)
+    settings = found.state["config"]
+    data = from_plain(DataConfig, settings["data"], f"{found.folder}:data")
+    data = DataConfig(**{**vars(data), "shards": config.shards or data.shards})
+    store = ShardStore(str(data.shards), cache_of(data))
+    last = {name: value for line in lines for name, value in line.items()}
+    page = Page(f"{settings['recipe']}: {config.run.resolve().name}")
+    facts = {
+        "step": f"{last['step']:,}",
+        "loss": shown(last.get("loss")),
+        "kNN top-1": f"{last['knn_top1']:.2%}" if "knn_top1" in last else "not asked for",
+        "images/s": shown(last.get("images_per_second")),
+        "network": settings["encoder"]["backbone"],
+        "pictures": f"{sum(store.shard_samples):,}",
+        "checkpoint": found.folder.name,
+    }
+    page.facts(facts)
+    for warning in warnings:
+        page.note(warning)
+    add_curves(page, lines)
+    add_views(page, data, settings, config.pictures)
+    add_neighbours(page, found, store, config)
+    add_settings(page, settings)
+    environment = config.run / ENVIRONMENT_NAME
+    if environment.exists():
+        page.heading("Environment")
+        plain = flat(json.loads(environment.read_text()))
+        page.table(("what", "value"), [(name, shown(value)) for name, value in plain.items()])
+    add_left_out(page, config.run)
+    output = config.output or config.run / "report.html"
+    with atomic_file(output) as file:
+        file.write(page.html().encode())
+    store.close()
+    return output
+
+
+def main() -> None:
+    """Parse the command line and write the page."""
+    config = parse_flags(ReportConfig, __doc__)
+    Console().print(f"wrote {write_report(config)}", soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run_program(main, (CheckpointError,))

@@ -1,0 +1,134 @@
+"""The page about a run: all of it in one file, nothing loaded, what is hostile escaped."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from eval.report import ReportConfig, write_report
+from eval.report_page import Page, curve_of, shown
+from eval.run_config import RECIPES
+from model.checkpoint import save_checkpoint
+from model.encoder import EncoderConfig
+from model.key_queue import KeyQueue
+from model.moco import MoCo, MoCoConfig
+from model.run_state import RunState
+from pipeline.program import InputError
+from pipeline.settings import to_plain
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, shard_set):
+    """A run's folder as train.py leaves it, after 6 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    demo = RECIPES["demo"]
+    config = dataclasses.replace(
+        demo,
+        encoder=EncoderConfig(backbone="test_resnet", dim=8),
+        moco=dataclasses.replace(demo.moco, queue=20),
+        data=dataclasses.replace(demo.data, shards=str(shard_set)),
+    )
+    moco = MoCo(config.encoder, MoCoConfig(batch_norm_groups=4), global_batch=16, seed=0)
+    state = RunState(moco, KeyQueue(20, 8, 0), torch.optim.SGD(moco.parameters(), lr=0.1), None)
+    taken = state.snapshot(6, {"config": to_plain(config), "data": {"manifest_sha256": "ab"}})
+    save_checkpoint(folder, taken.step, taken.tensors, taken.state)
+    lines = [
+        {"step": step, "loss": 3.0 - 0.1 * step, "pretext_accuracy": 0.1 * step, "key_norm": 1.0}
+        for step in range(1, 7)
+    ] + [{"step": 6, "knn_top1": 0.625}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "run.jsonl").write_text(text + '{"step": 7, "lo')  # as a kill leaves it
+    bad = {"step": 2, "shard": "shard-000000.tar", "index": 3, "key": HOSTILE, "reason": "broken"}
+    (folder / "quarantine-0.jsonl").write_text(json.dumps(bad) + "\n")
+    (folder / "skipped-0.jsonl").write_text('{"step": 4, "samples": [1]}\n')
+    (folder / "environment.json").write_text(json.dumps({"packages": {"torch": "9.8.7"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return write_report(ReportConfig(run=run, pictures=3, neighbours=4)).read_text()
+
+
+def test_the_page_has_every_part(page):
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        *("Curves", "Health of the dictionary, and what else was logged", "kNN history", "Views"),
+        *("Nearest neighbours", "Settings", "Environment", "Left out"),
+    ]
+    assert "loss (nats): 2.4" in page and "key norm: 1" in page
+    assert "<td>6</td><td>62.50%</td>" in page
+    assert page.count("data:image/jpeg;base64,") == 3 * 5 + 3 * (1 + 4)
+    assert "<td>packages.torch</td><td>9.8.7</td>" in page
+    assert "1 bad samples, 1 steps" in page and "<td>broken</td><td>1</td>" in page
+
+
+def test_the_settings_that_differ_from_the_recipe_stand_out(page):
+    assert '<tr class="marked"><td>moco.queue</td><td>20</td><td>512</td></tr>' in page
+    assert '<tr class=""><td>batch</td><td>64</td><td>64</td></tr>' in page
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page):
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page and "url(" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_a_picture_is_not_its_own_neighbour(page):
+    captions = [float(value) for value in re.findall(r"</?img[^>]*>([\d.]+)</td>", page)]
+    assert len(captions) == 3 * 4
+    rows = [captions[start : start + 4] for start in range(0, 12, 4)]
+    assert all(row == sorted(row, reverse=True) for row in rows)
+
+
+def test_a_folder_without_a_run_is_a_wrong_input(tmp_path):
+    with pytest.raises(InputError, match=r"no run\.jsonl"):
+        write_report(ReportConfig(run=tmp_path))
+
+
+def test_a_curve_of_one_point_or_of_none_that_is_finite_is_drawn_or_left_out():
+    assert "<polyline" in curve_of("loss", [(1, 2.0)])
+    assert curve_of("loss", [(1, float("nan"))]) == ""
+    points = curve_of("loss", [(n, float(n)) for n in range(100_000)])
+    assert len(points) < 20_000
+
+
+def test_text_in_a_page_is_escaped_everywhere():
+    page = Page(HOSTILE)
+    page.heading(HOSTILE, HOSTILE)
+    page.note(HOSTILE)
+    page.facts({HOSTILE: HOSTILE})
+    page.table((HOSTILE,), [(HOSTILE,)])
+    page.figures([curve_of(HOSTILE, [(1, 1.0)])])
+    assert "<script" not in page.html()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.123456, "0.1235"), (12345.6, "12,346"), (None, "-"), ([1, 2.5], "1, 2.5"), (True, "True")],
+)
+def test_values_are_shown_as_people_read_them(value, text):
+    assert shown(value) == text
+
+
+def test_a_real_browser_shows_the_page(run, page, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium: install it to see the page rendered")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile")
+    picture = tmp_path / "page.png"
+    words = [browser, *flags, "--window-size=1400,2600", f"--screenshot={picture}"]
+    done = subprocess.run(
+        [*words, (run / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and picture.stat().st_size > 50_000, done.stderr
+    assert page
