@@ -15,6 +15,7 @@ from rich.table import Table
 
 Results = list[dict[str, Any]]
 NAMES = {"end-to-end": "end-to-end", "memory-bank": "memory bank", "queue": "MoCo, queue"}
+COLOURS = {"end-to-end": "tab:blue", "memory-bank": "tab:orange", "queue": "tab:green"}
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -90,18 +91,20 @@ def draw_figure(results: Results, picture: Path, momentum: float, longest: int) 
         longest: length of the queue on the right.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for mechanism, name in NAMES.items():
+    for mechanism in NAMES:
         wanted: dict[str, Any] = {"mechanism": mechanism}
         if mechanism == "queue":
             wanted |= {"momentum": momentum}
-        draw_line(left, chosen(results, **wanted), "length", name)
+        draw_line(left, chosen(results, **wanted), "length", mechanism)
     left.set_xscale("log", base=2)
+    lengths = sorted({run["length"] for run in results if run["mechanism"] != "end-to-end"})
+    left.set_xticks(lengths, [str(length) for length in lengths])
     left.set_xlabel("K, keys that a query is compared with")
     left.set_ylabel("kNN top-1 (%)")
     swept = chosen(results, mechanism="queue", length=longest)
     # 0, 0.9, 0.99, 0.999 one place apart: powers of ten of 1 - m.
     swept = [{**run, "place": -math.log10(max(1 - run["momentum"], 1e-9))} for run in swept]
-    draw_line(right, swept, "place", NAMES["queue"])
+    draw_line(right, swept, "place", "queue")
     ticks = sorted({(run["place"], f"{run['momentum']:g}") for run in swept})
     right.set_xticks([place for place, _ in ticks], [label for _, label in ticks])
     right.set_xlabel(f"momentum m of the key encoder, K = {longest}")
@@ -116,7 +119,7 @@ def draw_figure(results: Results, picture: Path, momentum: float, longest: int) 
     plt.close(figure)
 
 
-def draw_line(axis: Axes, runs: Results, place: str, name: str) -> None:
+def draw_line(axis: Axes, runs: Results, place: str, mechanism: str) -> None:
     """Each run as a dot, the means joined by a line."""
     runs = [run for run in runs if not run["diverged"]]
     if not runs:
@@ -125,6 +128,7 @@ def draw_line(axis: Axes, runs: Results, place: str, name: str) -> None:
     means = [
         statistics.mean(100 * run["knn_top1"] for run in chosen(runs, **{place: x})) for x in places
     ]
-    (line,) = axis.plot(places, means, "-", label=name)
+    colour = COLOURS[mechanism]
+    axis.plot(places, means, "-", color=colour, label=NAMES[mechanism])
     xs, ys = [run[place] for run in runs], [100 * run["knn_top1"] for run in runs]
-    axis.plot(xs, ys, "o", color=line.get_color(), markersize=4)
+    axis.plot(xs, ys, "o", color=colour, markersize=4)
