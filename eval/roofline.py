@@ -20,6 +20,8 @@ PARTS = ("read", "decode", "views", "model")
 RESIZE_MARGIN = 8 / 7
 # Below it, the parts hinder each other more than they should.
 GOOD_OVERLAP = 0.8
+# Fastest over slowest round, above which something else had a part in it.
+STEADY_RANGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ def _advice_model(setting: Setting) -> list[str]:
     if setting.precision == "no" and setting.device == "cuda":
         advice.append("--precision bf16: the arithmetic is float32 now")
     return [*advice, "more or faster GPUs: the data path waits for the model"]
+
+
+def unsteady(speeds: dict[str, Speed]) -> list[str]:
+    """Names of what was measured with so much spread that the judgement is worth little."""
+    return [name for name, speed in speeds.items() if speed.high > STEADY_RANGE * speed.low]
 
 
 def figure(speed: float) -> str:

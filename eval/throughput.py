@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eval.roofline import Judgement, Setting, Speed, advise, draw, figure, hours, judge
+from eval.roofline import Judgement, Setting, Speed, advise, draw, figure, hours, judge, unsteady
 from eval.run_config import TrainConfig, about_recipes, recipe_of
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, loss_scale, make_dictionary
@@ -229,6 +229,11 @@ def print_report(
         f"{figure(together)}; if {found.limit} cost nothing, they could reach "
         f"{figure(found.without_limit)}",
         *(f"to change: {line}" for line in advice),
+        *(
+            f"note: the rounds of {TITLES[name]!r} differ more than twofold, something else runs "
+            "here: repeat on an idle machine"
+            for name in unsteady(speeds)
+        ),
         length,
     ]
     for line in lines:

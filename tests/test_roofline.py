@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from eval.roofline import Setting, Speed, advise, draw, figure, hours, judge
+from eval.roofline import Setting, Speed, advise, draw, figure, hours, judge, unsteady
 
 CPU = Setting(
     device="cpu",
@@ -107,3 +107,8 @@ def test_the_picture_has_bars_in_the_colour_of_the_limit(tmp_path):
 def test_speeds_have_three_digits_and_no_exponents():
     speeds = (0.01234, 1.234, 99.96, 1234.5, 62_380.0)
     assert [figure(speed) for speed in speeds] == ["0.0123", "1.23", "100", "1,234", "62,380"]
+
+
+def test_rounds_that_differ_more_than_twofold_are_named():
+    speeds = {"read": Speed((1.0, 2.0)), "model": Speed((1.0, 2.1, 1.5))}
+    assert unsteady(speeds) == ["model"]
