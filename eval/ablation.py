@@ -4,9 +4,9 @@
 
 Trains a small ResNet once for each cell and seed, with train.py and its recipe cifar10, judges it
 by kNN, and prints figure 3 and the table of section 4.1 of https://arxiv.org/abs/1911.05722 as they
-come out at that scale. The defaults take some 40 minutes on two CPU cores with 10,000 labelled
-pictures of 32 px. Each finished run is a line of FOLDER/ablation.jsonl; the same command goes on
-where it was interrupted. FOLDER/ablation.png is the figure.
+come out at that scale. The defaults are 30 runs; one of 10,000 labelled pictures of 32 px took two
+minutes on a shared CPU core. Each finished run is a line of FOLDER/ablation.jsonl; the same command
+goes on where it was interrupted. FOLDER/ablation.png is the figure.
 """
 
 import json
