@@ -9,11 +9,9 @@ with --resume goes on after an interruption. Results per recipe: README.md.
 Letters in names: N images on this process, D embedding size, H W pixels.
 """
 
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +24,11 @@ from rich.console import Console
 from torch import Tensor
 
 from eval.alarms import Alarms, settled_step
-from eval.features import require_labels
 from eval.health_watch import HealthWatch
 from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
+from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig, parse_arguments
 from eval.run_folder import find_start, trim_logs, write_settings
 from eval.run_report import RunReport
@@ -40,9 +38,9 @@ from eval.weights_source import eval_view_of, start_from, starting_weights
 from model.checkpoint import Checkpoint, CheckpointError
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
-from model.encoder import EncoderError, make_backbone
+from model.encoder import EncoderError
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
-from model.moco import MoCo, groups_per_process
+from model.moco import MoCo
 from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
 from model.run_state import RunState
@@ -51,12 +49,10 @@ from model.schedule import lr_at, momentum_at
 from model.step_guard import StepGuard
 from model.stopping import Agreement, StopRequest, exit_code, lost_rank_ends
 from model.watchdog import Watchdog
-from pipeline.data_config import cache_of, cpu_threads, make_order, open_store
+from pipeline.data_config import cache_of, cpu_threads
 from pipeline.loader import PairBatch, PairLoader
-from pipeline.order import Order
 from pipeline.program import InputError, explain, run_program
 from pipeline.settings import to_plain
-from pipeline.shard_store import ShardStore
 
 
 @lost_rank_ends()
@@ -376,108 +372,6 @@ def open_log(run: Run, name: str, first_step: int) -> StepLog:
     return StepLog(
         run.output, name, accelerator.process_index, accelerator.num_processes, first_step
     )
-
-
-def introduce(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    loader: PairLoader,
-    total_steps: int,
-    found: Checkpoint | None,
-) -> Iterator[str]:
-    """What a person should know before the first step."""
-    order, moco = loader.order, config.moco
-    world = accelerator.num_processes
-    groups = groups_per_process(moco, config.batch, world) * world
-    groups = 1 if moco.batch_norm == "sync" else groups
-    yield (
-        f"{config.recipe}: {config.encoder.backbone}, {order.samples:,} pictures, {total_steps:,} "
-        f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
-        f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
-    )
-    if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        yield (
-            "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
-            "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
-        )
-    is_long = order.samples // 4 < moco.queue < order.samples  # a longer one raises an alarm
-    if moco.mechanism == "queue" and is_long:
-        yield (
-            f"note: the queue of {moco.queue} keys is longer than a quarter of the "
-            f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "
-            f"{max(order.samples // 4, 1)} or less avoids that"
-        )
-    if found:
-        yield f"resumed after step {found.step} from {found.folder}"
-        before = found.state["config"]
-        for name in ("steps", "epochs", "precision"):
-            if before[name] != (now := getattr(config, name)):
-                yield f"note: {name} is {now} and was {before[name]}; the schedule follows it"
-
-
-def check(config: TrainConfig) -> str:
-    """See that a run can start, before anything is written.
-
-    Returns:
-        The identity of its data set, the SHA-256 of the manifest.
-
-    Raises:
-        InputError, EncoderError: naming what is wrong.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    store = open_store(config.data)
-    order = make_order(store, config.data, config.batch, config.seed)
-    order.batch(0, 0, world)
-    length_in_steps(config, order)
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
-    if config.data.eval_resize_px < config.data.image_px:
-        raise InputError(
-            f"--data.eval-resize-px {config.data.eval_resize_px} is smaller than the views of "
-            f"{config.data.image_px} px: give at least that"
-        )
-    try:
-        groups_per_process(config.moco, config.batch, world)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if config.moco.mechanism == "memory-bank" and order.samples <= config.batch:
-        raise InputError(
-            f"a memory bank needs more pictures than a batch, there are {order.samples} for a "
-            f"--batch of {config.batch}: give a smaller one, or another --moco.mechanism"
-        )
-    with torch.device("meta"):
-        make_backbone(config.encoder, config.data.image_px)
-    starting_weights(config.encoder, config.data.image_px)
-    for shards in (config.knn_train, config.knn_test):
-        if shards is not None:
-            require_labels(ShardStore(shards, cache_of(config.data)))
-    return store.manifest.sha256
-
-
-def length_in_steps(config: TrainConfig, order: Order) -> int:
-    """Steps of the whole run.
-
-    Raises:
-        InputError: if there are none.
-    """
-    steps = config.steps or round(config.epochs * order.steps_per_epoch)
-    if steps < 1:
-        raise InputError(
-            f"--epochs {config.epochs} of {order.steps_per_epoch} steps is less than a step: give "
-            "more"
-        )
-    return steps
-
-
-def require_output(config: TrainConfig) -> Path:
-    """The folder of the run.
-
-    Raises:
-        InputError: if it is not given.
-    """
-    if config.output is None:
-        raise InputError("no folder for the run: give one with --output")
-    return config.output
 
 
 def open_run(

@@ -1,0 +1,122 @@
+"""Before the first step: can the run start as it is asked for, and what a person should know."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from eval.features import require_labels
+from eval.run_config import TrainConfig
+from eval.weights_source import starting_weights
+from model.checkpoint import Checkpoint
+from model.encoder import make_backbone
+from model.moco import groups_per_process
+from pipeline.data_config import cache_of, make_order, open_store
+from pipeline.loader import PairLoader
+from pipeline.order import Order
+from pipeline.program import InputError
+from pipeline.shard_store import ShardStore
+
+
+def require_output(config: TrainConfig) -> Path:
+    """The folder of the run.
+
+    Raises:
+        InputError: if it is not given.
+    """
+    if config.output is None:
+        raise InputError("no folder for the run: give one with --output")
+    return config.output
+
+
+def check(config: TrainConfig) -> str:
+    """See that a run can start, before anything is written.
+
+    Returns:
+        The identity of its data set, the SHA-256 of the manifest.
+
+    Raises:
+        InputError, EncoderError: naming what is wrong.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    store = open_store(config.data)
+    order = make_order(store, config.data, config.batch, config.seed)
+    order.batch(0, 0, world)
+    length_in_steps(config, order)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
+    if config.data.eval_resize_px < config.data.image_px:
+        raise InputError(
+            f"--data.eval-resize-px {config.data.eval_resize_px} is smaller than the views of "
+            f"{config.data.image_px} px: give at least that"
+        )
+    try:
+        groups_per_process(config.moco, config.batch, world)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if config.moco.mechanism == "memory-bank" and order.samples <= config.batch:
+        raise InputError(
+            f"a memory bank needs more pictures than a batch, there are {order.samples} for a "
+            f"--batch of {config.batch}: give a smaller one, or another --moco.mechanism"
+        )
+    with torch.device("meta"):
+        make_backbone(config.encoder, config.data.image_px)
+    starting_weights(config.encoder, config.data.image_px)
+    for shards in (config.knn_train, config.knn_test):
+        if shards is not None:
+            require_labels(ShardStore(shards, cache_of(config.data)))
+    return store.manifest.sha256
+
+
+def length_in_steps(config: TrainConfig, order: Order) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        InputError: if there are none.
+    """
+    steps = config.steps or round(config.epochs * order.steps_per_epoch)
+    if steps < 1:
+        raise InputError(
+            f"--epochs {config.epochs} of {order.steps_per_epoch} steps is less than a step: give "
+            "more"
+        )
+    return steps
+
+
+def introduce(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    loader: PairLoader,
+    total_steps: int,
+    found: Checkpoint | None,
+) -> Iterator[str]:
+    """What a person should know before the first step."""
+    order, moco = loader.order, config.moco
+    world = accelerator.num_processes
+    groups = groups_per_process(moco, config.batch, world) * world
+    groups = 1 if moco.batch_norm == "sync" else groups
+    yield (
+        f"{config.recipe}: {config.encoder.backbone}, {order.samples:,} pictures, {total_steps:,} "
+        f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
+        f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
+    )
+    if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        yield (
+            "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
+            "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
+    is_long = order.samples // 4 < moco.queue < order.samples  # a longer one raises an alarm
+    if moco.mechanism == "queue" and is_long:
+        yield (
+            f"note: the queue of {moco.queue} keys is longer than a quarter of the "
+            f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "
+            f"{max(order.samples // 4, 1)} or less avoids that"
+        )
+    if found:
+        yield f"resumed after step {found.step} from {found.folder}"
+        before = found.state["config"]
+        for name in ("steps", "epochs", "precision"):
+            if before[name] != (now := getattr(config, name)):
+                yield f"note: {name} is {now} and was {before[name]}; the schedule follows it"
