@@ -11,7 +11,7 @@ from PIL import Image
 
 THUMBNAIL_PX = 112
 CURVE_PX = (400, 200)
-MARGINS_PX = (52, 12, 26, 24)  # left, right, top, bottom
+MARGINS_PX = (66, 12, 26, 24)  # left, right, top, bottom
 MOST_POINTS = 400
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #fa03; --curve: #2a78d6; }

@@ -40,9 +40,10 @@ from model.run_state import RunState
 from model.saving import Saver
 from model.step_guard import StepGuard
 from pipeline.loader import PairBatch
+from pipeline.loader_meter import LoaderFigures
 from pipeline.order import Order
 
-TURNS, TURN_STEPS, WARM_UP_TURNS = 20, 10, 1
+TURNS, TURN_STEPS, WARM_UP_TURNS = 12, 10, 1
 BATCHES = 4
 
 
@@ -72,6 +73,8 @@ class TurnsLoader:
         self.order = Order(np.array([4096]), config.batch, config.seed, 8, 512)
         manifest = SimpleNamespace(sha256="resident")
         self.store = SimpleNamespace(manifest=manifest, is_remote=False)
+        self.quarantine = SimpleNamespace(bad=0)
+        self.figures = LoaderFigures
 
     def __next__(self) -> PairBatch:
         now = time.perf_counter()
