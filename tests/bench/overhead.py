@@ -8,9 +8,10 @@ agreement, health, a report every 10 steps to display, log and TensorBoard. Only
 replaced by one that hands out the tensors, since data is another matter (``two_views.py``), and it
 saves at its end only (``save_pause.py``). The bare loop is forward, loss, backward and SGD step.
 
-The sides take turns every ten steps within one run, so that whatever else
-the machine does meets both. Prints a JSON line with ``ratio``, images/s of train.py over those of
-the bare loop: the median over the turns, its 95 % interval by bootstrap, and the turns' quartiles.
+The sides take turns every 50 steps within one run, so that whatever else the machine does meets
+both; each turn has five reports and one look at the dictionary. Prints a JSON line with ``ratio``,
+images/s of train.py over those of the bare loop: the median over the turns, its 95 % interval by
+bootstrap, and the turns' quartiles.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ from pipeline.loader import PairBatch
 from pipeline.loader_meter import LoaderFigures
 from pipeline.order import Order
 
-TURNS, TURN_STEPS, WARM_UP_TURNS = 12, 10, 1
+TURNS, TURN_STEPS, WARM_UP_TURNS = 14, 50, 1  # a turn has a look at the dictionary's health
 BATCHES = 4
 
 
