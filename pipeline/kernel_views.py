@@ -25,7 +25,7 @@ from pipeline.blur_kernel import blur, blur_boxes
 from pipeline.colour_kernels import GREY, look_up, recolour
 from pipeline.picture_header import BadHeaderError, read_header
 from pipeline.resize_kernel import PILLOW_REORDERS, resize
-from pipeline.torch_views import DecodeError, decode, normalise, on_device
+from pipeline.torch_views import DecodeError, decode, normalise, on_device, undecodable_by
 from pipeline.view_recipe import HUE, ViewParameters, ViewRequest
 
 Bytes = NDArray[np.uint8]
@@ -192,13 +192,7 @@ class KernelEngine:
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:
         """Which of the pictures cannot be decoded, and why."""
-        problems = {}
-        for row, picture in enumerate(pictures):
-            try:
-                decoded_rgb(picture)
-            except DecodeError as error:
-                problems[row] = str(error)
-        return problems
+        return undecodable_by(decoded_rgb, pictures)
 
     def close(self) -> None:
         """Stop making views that nobody will take."""

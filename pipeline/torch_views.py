@@ -134,6 +134,19 @@ def on_device(view: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return view.pin_memory().to(device, non_blocking=True)
 
 
+def undecodable_by(
+    decoder: Callable[[NDArray[np.uint8]], object], pictures: Sequence[NDArray[np.uint8]]
+) -> dict[int, str]:
+    """Which of the pictures a decoder refuses, by row, and why."""
+    problems = {}
+    for row, picture in enumerate(pictures):
+        try:
+            decoder(picture)
+        except DecodeError as error:
+            problems[row] = str(error)
+    return problems
+
+
 class TorchEngine:
     """Does what ``dali_views.DaliEngine`` does, with Pillow and torchvision on the CPU.
 
@@ -183,13 +196,7 @@ class TorchEngine:
 
     def undecodable(self, pictures: Sequence[Bytes]) -> dict[int, str]:
         """Which of the pictures cannot be decoded, and why."""
-        problems = {}
-        for row, picture in enumerate(pictures):
-            try:
-                decode(picture)
-            except DecodeError as error:
-                problems[row] = str(error)
-        return problems
+        return undecodable_by(decode, pictures)
 
     def close(self) -> None:
         """Stop making views that nobody will take."""
