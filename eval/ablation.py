@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval.ablation_report import Results, draw_figure, tables
 from eval.run_report import LOG_NAME
-from pipeline.command_line import parse_flags
+from pipeline.command_line import parse_flags, require_at_least_1
 from pipeline.program import InputError, run_program
 from pipeline.settings import to_plain
 
@@ -66,9 +66,7 @@ class AblationConfig:
     """Name in timm."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        require_at_least_1(self, "seeds", "batch")
         if not self.lengths or not self.momenta:
             raise InputError("--lengths and --momenta: give at least one number for each")
 

@@ -33,7 +33,7 @@ from eval.run_report import LOG_NAME
 from eval.step_log import logs_of
 from eval.weights_source import open_checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
-from pipeline.command_line import parse_flags
+from pipeline.command_line import parse_flags, require_at_least_1
 from pipeline.data_config import DataConfig, cache_of
 from pipeline.loader import PairLoader
 from pipeline.program import InputError, run_program
@@ -73,9 +73,7 @@ class ReportConfig:
     """Pictures, spread evenly over the set, among which neighbours are looked for."""
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "neighbours", "searched"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        require_at_least_1(self, "pictures", "neighbours", "searched")
 
 
 def logged(path: Path) -> list[dict[str, Any]]:

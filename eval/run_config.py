@@ -16,7 +16,7 @@ import tyro
 from model.encoder import EncoderConfig
 from model.moco import MoCoConfig
 from model.schedule import OptimiserConfig
-from pipeline.command_line import parse_flags
+from pipeline.command_line import parse_flags, require_at_least_1
 from pipeline.data_config import DataConfig
 from pipeline.program import InputError
 from pipeline.settings import from_plain, to_plain
@@ -92,10 +92,7 @@ class TrainConfig:
     """Steps between kNN scores."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "log_every", "save_every", "knn_every", "max_skipped"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        require_at_least_1(self, "batch", "log_every", "save_every", "knn_every", "max_skipped")
         if self.health_every < 0:
             raise InputError(f"--health-every {self.health_every}: give 0 or more")
         if self.steps is not None and self.steps < 1:

@@ -45,6 +45,18 @@ def parse_flags(
         raise InputError(str(error)) from error
 
 
+def require_at_least_1(settings: object, *names: str) -> None:
+    """See that these settings of a program are.
+
+    Raises:
+        InputError: naming the flag of the first that is not, and its value.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(settings, name)}: give a number of at least 1")
+
+
 def one_line(box: str) -> str:
     """What a box of tyro says, as one line: its first part, and the flag that may be meant."""
     parts: list[list[str]] = [[]]

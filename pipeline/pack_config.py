@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipeline.command_line import require_at_least_1
 from pipeline.curation import CurationConfig
 from pipeline.program import InputError
 from pipeline.sources import SourceConfig
@@ -56,10 +57,7 @@ class PackConfig:
     """How pictures are stored."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_mib", "shard_samples"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        require_at_least_1(self, "shard_mib", "shard_samples")
         if self.max_seconds < 0:
             raise InputError(f"--max-seconds {self.max_seconds}: give a number of at least 0")
         if not 0 <= self.max_refused <= 1:

@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from pipeline.command_line import parse_flags
+from pipeline.command_line import parse_flags, require_at_least_1
 from pipeline.data_config import DataConfig
 from pipeline.loader import PairLoader
 from pipeline.program import InputError, run_program
@@ -62,10 +62,7 @@ class ShowConfig:
     """Of the order and the views."""
 
     def __post_init__(self) -> None:
-        for name in ("image_px", "pictures", "repeats"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: give a number of at least 1")
+        require_at_least_1(self, "image_px", "pictures", "repeats")
         if self.output.suffix.lower() != ".png":
             raise InputError(f"{self.output}: give a name that ends in .png")
 

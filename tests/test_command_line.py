@@ -1,11 +1,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pytest
 import tyro
 
-from pipeline.command_line import one_line, parse_flags
+from pipeline.command_line import one_line, parse_flags, require_at_least_1
 from pipeline.program import InputError
 
 
@@ -96,3 +97,13 @@ def test_a_box_for_a_terminal_without_unicode_is_one_line_too():
     box = f"Unrecognized options\n{rule}\nUnrecognized options: --moco.queu\n{rule}\n"
     box += f"Perhaps you meant:\n  --moco.queue INT\n{rule}\nFor full helptext, run x.py --help"
     assert one_line(box).startswith("Unrecognized options: --moco.queu: did you mean --moco.queue?")
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_number_below_1_names_flag_and_value(value):
+    with pytest.raises(InputError, match=f"--log-every {value}: give a number of at least 1"):
+        require_at_least_1(SimpleNamespace(batch=1, log_every=value), "batch", "log_every")
+
+
+def test_1_is_enough():
+    require_at_least_1(SimpleNamespace(batch=1), "batch")
