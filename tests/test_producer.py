@@ -46,7 +46,7 @@ STUCK_READER = """
     read, count = local_tar.MappedTar.read, iter(range(1000))
     def stuck(tar, start, size):  # as from a dead mount, after some batches
         if next(count) == 100:
-            os.write(1, b"stuck\\n")  # in one piece, whatever the other thread prints
+            os.write(1, b"\\nstuck\\n")  # a line of its own, also amid one of the other thread
             threading.Event().wait()
         return read(tar, start, size)
     local_tar.MappedTar.read = stuck
