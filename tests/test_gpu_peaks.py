@@ -1,0 +1,33 @@
+"""Names as drivers give them, and the peak that belongs to them."""
+
+import pytest
+
+from eval.gpu_peaks import PEAKS, peak_of
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5e12, 494.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12, 378e12),
+        ("NVIDIA H200", 989.5e12, 494.5e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 156e12),
+        ("NVIDIA L4", 121e12, 60e12),
+        ("NVIDIA L40S", 362e12, 183e12),
+        ("Tesla V100-SXM2-32GB", 125e12, 15.7e12),
+        ("Tesla V100-PCIE-16GB", 112e12, 14e12),
+        ("h100", 989.5e12, 494.5e12),
+    ],
+)
+def test_a_name_finds_the_dense_peak_of_its_form(name, half, single):
+    assert peak_of(name, "bf16") == peak_of(name, "fp16") == half
+    assert peak_of(name, "no") == single
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3090", "NVIDIA L400", "", "A10"])
+def test_a_gpu_that_is_not_listed_has_no_peak(name):
+    assert peak_of(name, "bf16") is None
+
+
+def test_every_name_in_the_table_finds_its_own_line():
+    assert {name: peak_of(name, "bf16") for name in PEAKS} == {n: p.half for n, p in PEAKS.items()}
