@@ -21,7 +21,7 @@ from pipeline import check_shards
 from pipeline.check_shards import IndexConfig, VerifyConfig
 from pipeline.foreign_shards import IndexJob, IndexRules, index_shard, is_number, parse_label
 from pipeline.found_tars import find_tars
-from pipeline.index_set import agree_on_classes, being_indexed
+from pipeline.index_set import JOURNAL_NAME, agree_on_classes, being_indexed
 from pipeline.program import InputError
 from pipeline.shard_format import read_index
 from pipeline.shard_store import ShardStore
@@ -384,7 +384,8 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_goes_on(pictures, tmp_
     output = tmp_path / "out"
     process = start(tars, "--output", output, "--decode")
     deadline = time.monotonic() + 60
-    while len(list(output.glob("*.index"))) < 3 and time.monotonic() < deadline:
+    journal = output / JOURNAL_NAME  # gets its line when an index is written already
+    while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     process.communicate()
