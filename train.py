@@ -28,8 +28,9 @@ from eval.health_watch import HealthWatch
 from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
+from eval.run_arguments import parse_arguments
 from eval.run_check import check, introduce, length_in_steps, require_output
-from eval.run_config import TrainConfig, parse_arguments
+from eval.run_config import TrainConfig
 from eval.run_folder import find_start, trim_logs, write_settings
 from eval.run_report import RunReport
 from eval.step_log import StepLog

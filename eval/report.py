@@ -26,8 +26,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from rich.console import Console
 
 from eval.judged import checkpoint_encoder
+from eval.recipes import RECIPES
 from eval.report_page import Page, curve_of, shown
-from eval.run_config import RECIPES
 from eval.run_folder import ENVIRONMENT_NAME
 from eval.run_report import LOG_NAME
 from eval.step_log import logs_of

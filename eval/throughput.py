@@ -27,7 +27,8 @@ from rich.progress import track
 from rich.table import Table
 
 from eval.roofline import Judgement, Setting, Speed, advise, draw, figure, hours, judge, unsteady
-from eval.run_config import TrainConfig, about_recipes, recipe_of
+from eval.run_arguments import about_recipes, recipe_of
+from eval.run_config import TrainConfig
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, loss_scale, make_dictionary
 from model.moco import groups_per_process

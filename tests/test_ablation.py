@@ -19,7 +19,7 @@ from eval.ablation import (
     unfinished,
 )
 from eval.ablation_report import draw_figure, tables
-from eval.run_config import parse_arguments
+from eval.run_arguments import parse_arguments
 from pipeline.program import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

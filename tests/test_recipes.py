@@ -3,7 +3,8 @@
 Sources: v1 https://arxiv.org/abs/1911.05722, sections 3.3 and 4, and the defaults of the official
 main_moco.py; v2 https://arxiv.org/abs/2003.04297 and the flags of the official README; v3
 https://arxiv.org/abs/2104.02057 and the commands of its official CONFIG.md with the defaults of its
-main_moco.py; cifar10 the authors' notebook.
+main_moco.py; cifar10 the authors' notebook; imagenet-100 the row "Strong Aug. + MLP Head +
+Cosine LR, 128, 0.03" in the README of SsnL/moco_align_uniform.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from eval.run_config import RECIPES, TrainConfig
+from eval.recipes import RECIPES
+from eval.run_config import TrainConfig
 from model.encoder import Encoder
 from model.lars import Lars
 from model.moco import MoCo
@@ -90,6 +92,35 @@ def test_cifar10_is_the_authors_notebook():
     }
     data = RECIPES["cifar10"].data
     assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def test_moco_v1_on_a_billion_pictures_is_the_published_recipe():
+    assert numbers_of("moco-v1-ig1b") == {
+        **numbers_of("moco-v1"),
+        "batch norm": ("shuffle", 64),
+        "SGD": (0.12, 0.9, 1e-4),
+        "schedule": "decay",
+        "batch, epochs": (1024, 1.4),
+    }
+    config = RECIPES["moco-v1-ig1b"]
+    assert config.steps == 1_250_000
+    assert (config.optimiser.factor, config.optimiser.decay_steps) == (0.9, 62_500)
+    assert config.optimiser.decay_steps * config.batch == 64_000_000
+    assert config.steps * config.batch / 940e6 == pytest.approx(config.epochs, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "of", "changes"),
+    [
+        ("moco-v2-800", "moco-v2", {"batch, epochs": (256, 800)}),
+        ("imagenet-100", "moco-v2", {"batch, epochs": (128, 200), "batch norm": ("shuffle", 4)}),
+        ("cifar10-symmetric", "cifar10", {}),
+    ],
+)
+def test_a_variant_differs_from_its_recipe_as_published(recipe, of, changes):
+    assert numbers_of(recipe) == {**numbers_of(of), **changes}
+    assert RECIPES[recipe].data == RECIPES[of].data
+    assert RECIPES[recipe].moco.symmetric == (recipe == "cifar10-symmetric")
 
 
 V3_RESNET = {
@@ -168,7 +199,7 @@ def test_the_views_of_moco_v3_differ_in_blur_and_solarisation_only(recipe):
     assert dataclasses.replace(first, **alike) == dataclasses.replace(second, **alike)
 
 
-@pytest.mark.parametrize("recipe", ["moco-v1", "moco-v2", *V3_RESNET, *V3_VIT])
+@pytest.mark.parametrize("recipe", ["moco-v1", "moco-v1-ig1b", "moco-v2", *V3_RESNET, *V3_VIT])
 def test_the_imagenet_recipes_normalise_as_torchvision(recipe):
     data = RECIPES[recipe].data
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -202,6 +233,15 @@ def lr_of_epoch(recipe, epoch, pictures):
 )
 def test_the_rate_of_moco_v1_falls_tenfold_after_120_and_160_epochs(epoch, lr):
     assert lr_of_epoch("moco-v1", epoch, IMAGENET_PICTURES) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    ("step", "decays"), [(0, 0), (62_499, 0), (62_500, 1), (625_000, 10), (1_249_999, 19)]
+)
+def test_the_rate_on_a_billion_pictures_falls_by_a_tenth_every_62500_steps(step, decays):
+    config = RECIPES["moco-v1-ig1b"]
+    lr = lr_at(config.optimiser, step, config.steps, 940_000_000 // 1024, config.batch)
+    assert lr == pytest.approx(0.12 * 0.9**decays)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 50, 100, 199])

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 import torch
 
+from eval.recipes import RECIPES
 from eval.report import ReportConfig, write_report
 from eval.report_page import Page, curve_of, shown
-from eval.run_config import RECIPES
 from model.checkpoint import save_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval.run_config import RECIPES
+from eval.recipes import RECIPES
 from model.encoder import Encoder
 from model.step_flops import flops_of_step
 

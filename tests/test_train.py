@@ -30,7 +30,8 @@ import train
 from eval.health_watch import HealthWatch
 from eval.judged import checkpoint_encoder
 from eval.knn import KnnProtocol, knn_of_shards
-from eval.run_config import RECIPES, parse_arguments
+from eval.recipes import RECIPES
+from eval.run_arguments import parse_arguments
 from eval.weights_source import open_checkpoint
 from model import checkpoint
 from model.checkpoint import load_checkpoint

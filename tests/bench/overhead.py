@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 import train
-from eval.run_config import RECIPES
+from eval.recipes import RECIPES
 from model.mechanism import make_dictionary
 from model.moco import MoCo
 from model.optimiser import make_optimiser

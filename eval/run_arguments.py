@@ -1,0 +1,63 @@
+"""The command line of a run: a recipe, a file of settings, flags.
+
+Order: the recipe's settings, over them those of --config FILE, over them the flags.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+
+from eval.recipes import RECIPES
+from eval.run_config import TrainConfig, read_config
+from pipeline.command_line import parse_flags
+from pipeline.program import InputError
+
+
+def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
+    """Settings: those of the recipe, then those of --config FILE, then the flags.
+
+    Args:
+        arguments: of the command line.
+        about: what --help says of the program.
+
+    Raises:
+        InputError: if the recipe or a setting in the file is unknown.
+    """
+    default, rest = recipe_of(arguments)
+    return parse_flags(TrainConfig, about_recipes(about, default), rest, default)
+
+
+def about_recipes(about: str, default: TrainConfig) -> str:
+    """What --help says of a program whose first word is a recipe."""
+    known = ", ".join(RECIPES)
+    return f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
+
+
+def recipe_of(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
+    """The settings that the flags change, and the flags.
+
+    Raises:
+        InputError: if the recipe or a setting in the file is unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", nargs="?", const="newest")  # tyro's flags have a value or none
+    files, rest = parser.parse_known_args(arguments)
+    if files.resume is not None:
+        rest += ["--resume", files.resume]
+    known = ", ".join(RECIPES)
+    default = None
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"there is no recipe {name!r}: choose one of {known}.{hint}")
+        default = RECIPES[name]
+    if files.config is not None:
+        default = read_config(files.config, default)
+    if default is None:
+        if not {"-h", "--help"} & set(rest):
+            raise InputError(f"no recipe: the first word is one of {known}")
+        default = RECIPES["moco-v2"]
+    return default, rest
