@@ -2,8 +2,7 @@
 
     accelerate launch train.py RECIPE --data.shards SHARDS --output RUN
 
-RECIPE is one of moco-v1, moco-v2, moco-v3-100, moco-v3-300, moco-v3-1000, moco-v3-vit-s,
-moco-v3-vit-b, cifar10, demo; every number of it is a flag. The same command
+RECIPE is a name that --help lists; every number of it is a flag. The same command
 with --resume goes on after an interruption. Results per recipe: README.md.
 
 Letters in names: N images on this process, D embedding size, H W pixels.
