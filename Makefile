@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 13
+# A process of tests for each core; each takes gigabytes with the processes that it starts.
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-cuda$(CUDA)
 
@@ -29,10 +31,10 @@ demo: setup
 	$(BIN)/python eval/demo.py demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 test-all: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 check: setup
 	$(BIN)/ruff format --check .

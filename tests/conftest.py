@@ -7,6 +7,10 @@ import struct
 import tarfile
 from pathlib import Path
 
+# Arrays here are small: more threads only wait for each other, for minutes on a busy machine.
+# Numpy's and torch's libraries read it when they are loaded.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +28,6 @@ from pipeline.shard_store import ShardStore
 # A busy machine is no reason to fail: hypothesis would else stop examples above 0.2 s.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-# Tensors here are small: more threads only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,20 +1,28 @@
 """Call a function in several processes that talk over gloo, and get what each of them returned.
 
-The processes are started at the first call and serve the whole session: each has to import torch.
+The processes are started at the first call and serve the whole session.
 """
 
+import atexit
 import importlib.util
-import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
 from functools import cache
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from tests.warm_python import warm_python
 
 PATIENCE_S = 300.0  # for a machine that does other work too
 
@@ -30,15 +38,19 @@ def run_in_processes(world, function, *arguments):
         for rank, connection in enumerate(_connections[:world]):
             connection.send_bytes(pickle.dumps((task, rank, world, f"file://{folder}/ranks")))
         answers = [_answer(connection) for connection in _connections[:world]]
+    if not all(is_good for is_good, _ in answers):
+        _connections.clear()  # they may wait for each other for long: others for the next test
     for rank, (is_good, result) in enumerate(answers):
         assert is_good, f"rank {rank}: {result}"
     return [result for _, result in answers]
 
 
 def _start():
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs,), daemon=True).start()
+    ours, theirs = Pipe()
+    process = subprocess.Popen([*warm_python(), __file__], stdin=theirs.fileno())
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # the last that is registered is the first to be called
     return ours
 
 
@@ -74,3 +86,7 @@ def _module(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    _serve(Connection(os.dup(0)))

@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm_python import warm_python
 
 BENCH = Path(__file__).resolve().parent / "bench"
 
@@ -15,7 +16,7 @@ def last_line(program, *words):
     """What the program says in the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, BENCH / program, *words],
+        [*warm_python(), BENCH / program, *words],
         env=environment,
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ from pipeline.data_config import DataConfig
 from pipeline.loader import READ_AHEAD_BATCHES, PairLoader
 from pipeline.local_tar import MappedTar
 from pipeline.torch_views import on_device
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SOON_S = 20.0  # a machine may be busy; a hang is for ever
@@ -68,12 +69,12 @@ def engine(request):
 
 @pytest.fixture
 def start(shard_set, engine):
-    """``start(body)`` gives a running program; it is killed if it hangs, and at the end."""
+    """``start(python, body)`` gives a running program; it is killed if it hangs, and at the end."""
     started = []
 
-    def start_it(body):
+    def start_it(python, body):
         code = PROGRAM.format(root=str(ROOT), body=body)
-        command = [sys.executable, "-c", code, str(shard_set), engine]
+        command = [*python, "-c", code, str(shard_set), engine]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
         watchdog = threading.Timer(120, process.kill)
@@ -102,7 +103,7 @@ def ended(process):
 
 
 def test_ctrl_c_ends_a_loop_over_batches(start):
-    process = start(FOR_EVER)
+    process = start(warm_python(), FOR_EVER)
     assert process.stdout.readline() == "0\n"
     process.send_signal(signal.SIGINT)
     code, errors = ended(process)
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_a_loop_over_batches(start):
 
 
 def test_ctrl_c_ends_a_loop_whose_reader_never_returns(start):
-    process = start(STUCK_READER + FOR_EVER)
+    process = start(warm_python(), STUCK_READER + FOR_EVER)
     assert "stuck\n" in process.stdout
     time.sleep(0.5)  # the consumer takes what is ready and waits
     process.send_signal(signal.SIGINT)
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_a_loop_whose_reader_never_returns(start):
 
 
 def test_an_exception_of_a_consumer_that_closes_nothing_ends_the_program(start):
-    process = start(FAILS_WITHOUT_CLOSING)
+    process = start([sys.executable], FAILS_WITHOUT_CLOSING)  # takes its modules down too
     assert process.stdout.readline() == "0\n"  # starting may take long
     code, errors = ended(process)
     assert code == 1 and errors.rstrip().endswith("ZeroDivisionError")

@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,13 @@ from PIL import Image
 from pipeline.order import Order
 from pipeline.program import InputError
 from pipeline.show_order import OrderConfig, measure, neighbour_distances, order_of
+from tests.warm_python import warm_python
 
 PROGRAM = Path(__file__).resolve().parents[1] / "pipeline" / "show_order.py"
 
 
 def run_program(*arguments, cwd):
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    command = [*warm_python(), str(PROGRAM), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 

@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,13 @@ from pipeline.program import InputError
 from pipeline.show_views import ShowConfig, as_pictures, collect, drawn_values
 from pipeline.torch_views import decode
 from pipeline.view_recipe import PAIRS, draw_view
+from tests.warm_python import warm_python
 
 PROGRAM = Path(__file__).resolve().parents[1] / "pipeline" / "show_views.py"
 
 
 def run_program(*arguments, cwd):
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    command = [*warm_python(), str(PROGRAM), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 

@@ -42,6 +42,7 @@ from model.step_guard import StepGuard
 from model.stopping import RESTART_CODE, STOPPING
 from pipeline import check_shards
 from pipeline.loader import PairBatch
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["demo", "--encoder.backbone", "test_resnet", "--encoder.stem", "imagenet",
@@ -344,7 +345,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_is_said(six_steps, s
 def test_an_interrupted_run_goes_on_to_the_same_end(shard_set, tmp_path):
     words = [*TINY, "--data.shards", str(shard_set), "--steps", "60", "--output"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *words, "run"],
+        [*warm_python(), ROOT / "train.py", *words, "run"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
