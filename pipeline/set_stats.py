@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from numpy.typing import NDArray
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 
+from pipeline.figure_file import save_figure
 from pipeline.shard_format import FLAG_DROPPED, INDEX_RECORD, Manifest
 from pipeline.shard_store import BadSampleError, ShardStore
 
@@ -105,8 +102,7 @@ def draw_stats(stats: SetStats, picture: Path) -> None:
     for axis in axes.flat:
         axis.set_ylabel("pictures")
         axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    save_figure(figure, picture)
 
 
 def _histogram(axis: Any, values: NDArray[Any], title: str) -> None:

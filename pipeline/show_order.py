@@ -23,10 +23,6 @@ from numpy.typing import NDArray
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -34,9 +30,9 @@ from rich.table import Table
 
 from pipeline.command_line import parse_flags
 from pipeline.data_config import DataConfig, make_order, open_store
+from pipeline.figure_file import save_figure
 from pipeline.order import Order, default_lanes
 from pipeline.program import InputError, run_program
-from pipeline.show_views import save
 
 Ints = NDArray[np.int64]
 
@@ -212,7 +208,7 @@ def main() -> None:
     config = parse_flags(OrderConfig, __doc__)
     order = order_of(config)
     mixing = measure(order, config.world)
-    save(draw(order, mixing), config.output)
+    save_figure(draw(order, mixing), config.output)
     console = Console()
     console.print(report(order, mixing, config.world))
     console.print(f"wrote {config.output}", soft_wrap=True, markup=False)

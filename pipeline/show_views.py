@@ -22,19 +22,15 @@ from torch import Tensor
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from pipeline.command_line import parse_flags, require_at_least_1
 from pipeline.data_config import DataConfig
+from pipeline.figure_file import save_figure
 from pipeline.loader import PairLoader
 from pipeline.program import InputError, run_program
-from pipeline.shard_format import atomic_file
 from pipeline.torch_views import decode
 from pipeline.view_recipe import PAIRS, PairName, ViewParameters, draw_view
 
@@ -163,20 +159,13 @@ def draw_histograms(config: ShowConfig, size_px_N2: NDArray[np.int64]) -> Figure
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure whole or not at all."""
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
-
-
 def main() -> None:
     """Parse the command line and draw both pictures."""
     config = parse_flags(ShowConfig, __doc__)
     originals, columns, size_px_N2 = collect(config)
     drawn = config.output.with_name(f"{config.output.stem}-drawn.png")
-    save(draw_sheet(config, originals, columns), config.output)
-    save(draw_histograms(config, size_px_N2), drawn)
+    save_figure(draw_sheet(config, originals, columns), config.output)
+    save_figure(draw_histograms(config, size_px_N2), drawn)
     Console().print(f"wrote {config.output} and {drawn}", soft_wrap=True, markup=False)
 
 

@@ -113,7 +113,9 @@ def ours(moco, queue, steps):
     wrapped = moco
     if is_distributed():
         wrapped = DistributedDataParallel(moco, broadcast_buffers=False)
-    parameters_q = list(moco.encoder_q.parameters())
+    parameters_q, parameters_k = (
+        list(encoder.parameters()) for encoder in (moco.encoder_q, moco.encoder_k)
+    )
     optimizer = torch.optim.SGD(
         parameters_q, lr=LR, momentum=SGD_MOMENTUM, weight_decay=WEIGHT_DECAY
     )
@@ -129,13 +131,15 @@ def ours(moco, queue, steps):
         optimizer.step()
         optimizer.zero_grad()
         # The paper's update stands at the end of a step, here it is the first thing of the next.
-        followed = copy.deepcopy(moco)
-        followed.move_key_encoder()
+        before = [parameter.clone() for parameter in parameters_k]
+        moco.move_key_encoder()
+        followed = [parameter.clone() for parameter in parameters_k]
+        torch._foreach_copy_(parameters_k, before)
         yield (
             mean_loss.item(),
             gradients,
             torch.roll(queue.rows_KD, -queue.place, dims=0),
-            list(followed.encoder_k.parameters()),
+            followed,
         )
 
 

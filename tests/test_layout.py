@@ -67,34 +67,30 @@ def test_a_program_in_a_package_imports_from_the_repository_root(path):
     assert "sys.path[0] = str(Path(__file__).resolve().parents[1])" in path.read_text()
 
 
-@pytest.fixture(scope="module")
-def helps(tmp_path_factory):
-    """``--help`` of every program, run from another folder, two at a time as the cores allow."""
-    folder = tmp_path_factory.mktemp("elsewhere")
+SOON_HELPED = {"train.py", "make_shards.py"}  # the others import torch too, for seconds each
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p if p.name in SOON_HELPED else pytest.param(p, marks=pytest.mark.slow) for p in PROGRAMS],
+    ids=name_of,
+)
+def test_a_program_explains_itself_from_any_folder(path, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    texts, programs = {}, list(PROGRAMS)
-    while programs:
-        running = []
-        for path in [programs.pop() for _ in range(min(2, len(programs)))]:
-            command = [sys.executable, path, "--help"]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
-            running.append((path, process))
-        for path, process in running:
-            out, err = process.communicate()
-            texts[path] = (process.returncode, out, err)
-    assert not list(folder.iterdir())
-    return texts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
-def test_a_program_explains_itself_from_any_folder(path, helps):
-    code, out, err = helps[path]
-    assert (code, err) == (0, "")
+    command = [sys.executable, path, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     summary = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
-    assert " ".join(summary.split()) in " ".join(out.replace("│", " ").split())
-    assert "--" in out
+    assert " ".join(summary.split()) in " ".join(done.stdout.replace("│", " ").split())
+    assert "--" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_that_need_no_tensors_start_without_torch():
+    programs = "pipeline.make_shards, pipeline.check_shards, pipeline.show_order"
+    code = f"import sys, {programs}; assert not {{'torch', 'numba', 'nvidia'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def settings_of(path):

@@ -121,7 +121,7 @@ def test_the_statistics_are_those_of_the_pictures(shard_set, clean_pictures, tmp
     text = check_shards("stats", shard_set, "--picture", tmp_path / "stats.png")
     assert "40" in text and "3 of 13 to 14 pictures" in text
     with Image.open(tmp_path / "stats.png") as picture:
-        assert picture.size == (1200, 840)
+        assert picture.size == (1100, 770)
     stats = gather(ShardStore(shard_set))
     assert sorted(stats.bytes_N.tolist()) == sorted(map(len, clean_pictures))
     assert stats.shorter_px_N.min() == 16 and stats.aspect_N.max() == 15
