@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ WHOLE_FILE = -1
 KEY_STEM_LENGTH = 72
 DROPPED_NAME = "dropped"  # places in the list that are left out, as duplicates
 BUFFERED = 1 << 16  # values in memory before they are written
+_PAIR = struct.Struct("=QQ")
 STEMS_AT_ONCE = 1 << 20  # of which those that occur twice are looked for
 
 
@@ -177,7 +179,7 @@ class EntryList:
 
     def at(self, number: int) -> Entry:
         """The entry at a place of the list itself."""
-        start, end = np.frombuffer(os.pread(self._places, 16, 8 * number), np.uint64).tolist()
+        start, end = _PAIR.unpack(os.pread(self._places, _PAIR.size, 8 * number))
         return Entry(*json.loads(os.pread(self._lines, end - start, start)))
 
     def read(self, first: int, last: int) -> Iterator[tuple[str, Entry]]:

@@ -52,6 +52,7 @@ from pipeline.unfinished import (
     refuse_foreign,
     take_up,
 )
+from pipeline.worker_pool import warm_up
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
@@ -213,6 +214,8 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
     started = time.monotonic()
     refuse_foreign(config.output)
     source = open_source(str(config.source), config.reading)
+    if not config.ray:
+        warm_up(pack_shard)  # while the source is listed
     part = config.part_name()
     with being_filled(config.output, part) as list_folder:
         listed = list_source(source, list_folder, config.source)

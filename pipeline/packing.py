@@ -205,12 +205,10 @@ def _file_bytes(entry: Entry, limits: Limits) -> bytes:
         whole = entry.offset == WHOLE_FILE
         size = os.fstat(handle).st_size if whole else entry.size_bytes
         check_bytes(size, limits)
-        with open(handle, "rb", buffering=0, closefd=False) as file:
-            if not whole:
-                file.seek(entry.offset)
-            data = file.read(size) or b""
-            while len(data) < size and (more := file.read(size - len(data))):
-                data += more
+        start = 0 if whole else entry.offset
+        data = os.pread(handle, size, start)
+        while len(data) < size and (more := os.pread(handle, size - len(data), start + len(data))):
+            data += more
     finally:
         os.close(handle)
     if len(data) < size:

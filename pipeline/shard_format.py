@@ -10,6 +10,7 @@ the samples alone (owner, mode and time are fixed), so equal input gives equal f
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.direct_file import direct_file
 from pipeline.program import InputError
 
 FORMAT_VERSION = 1
@@ -97,19 +99,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Leaves nothing behind when the body raises; a kill can leave ``.NAME.part``, which no reader
     looks at and the next writer replaces.
     """
-    part = path.with_name(f".{path.name}.part")
+    with atomic_parts(path) as (part,), part.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_parts(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Names to write files under that get their own names together; the body fsyncs them."""
+    parts = tuple(path.with_name(f".{path.name}.part") for path in paths)
+    made = list(parts)
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        yield parts
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+            made.append(path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        for path in made:
+            path.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write says what is wrong, but not where
+            error.filename = str(paths[0])  # a failed write says what is wrong, but not where
         raise
-    sync_folder(path.parent)
+    sync_folder(paths[0].parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -176,36 +188,36 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo | None:
     Returns:
         The manifest's entry, or None (and no file) where there were no samples.
     """
+    remaining = iter(samples)
+    first = next(remaining, None)
+    if first is None:
+        return None
     sha256 = hashlib.sha256()
     records: list[tuple[int, ...]] = []
     offset = 0
-    with atomic_file(path) as file:
-        for sample in samples:
-            (name, picture), *others = sample_members(sample)
-            record = (offset // BLOCK_BYTES + 1, len(picture), zlib.crc32(picture), sample.label)
-            records.append((*record, sample.width, sample.height, 0, 0))
-            tail = [bytes(-len(picture) % BLOCK_BYTES)]
-            for other, data in others:
-                tail += tar_header(other, len(data)), data, bytes(-len(data) % BLOCK_BYTES)
-            for piece in (tar_header(name, len(picture)), picture, b"".join(tail)):
-                file.write(piece)
-                sha256.update(piece)
-                offset += len(piece)
-        end = bytes(tarfile.RECORDSIZE - offset % tarfile.RECORDSIZE)
-        if len(end) < 2 * BLOCK_BYTES:  # the end of a tar is two empty blocks
-            end += bytes(tarfile.RECORDSIZE)
-        file.write(end)
-        sha256.update(end)
-    if not records:
-        path.unlink()
-        return None
-    index = index_bytes(np.array(records, dtype=INDEX_RECORD))
-    try:
-        with atomic_file(path.with_name(index_name(path.name))) as file:
-            file.write(index)
-    except BaseException:
-        path.unlink()
-        raise
+    with atomic_parts(path, path.with_name(index_name(path.name))) as (tar_part, index_part):
+        with direct_file(tar_part) as file:
+            for sample in itertools.chain((first,), remaining):
+                (name, picture), *others = sample_members(sample)
+                record = (offset // BLOCK_BYTES + 1, len(picture), zlib.crc32(picture))
+                records.append((*record, sample.label, sample.width, sample.height, 0, 0))
+                tail = [bytes(-len(picture) % BLOCK_BYTES)]
+                for other, data in others:
+                    tail += tar_header(other, len(data)), data, bytes(-len(data) % BLOCK_BYTES)
+                for piece in (tar_header(name, len(picture)), picture, b"".join(tail)):
+                    file.write(piece)
+                    sha256.update(piece)
+                    offset += len(piece)
+            end = bytes(tarfile.RECORDSIZE - offset % tarfile.RECORDSIZE)
+            if len(end) < 2 * BLOCK_BYTES:  # the end of a tar is two empty blocks
+                end += bytes(tarfile.RECORDSIZE)
+            file.write(end)
+            sha256.update(end)
+        index = index_bytes(np.array(records, dtype=INDEX_RECORD))
+        with index_part.open("wb") as index_file:
+            index_file.write(index)
+            index_file.flush()
+            os.fsync(index_file.fileno())
     return ShardInfo(
         name=path.name,
         samples=len(records),

@@ -40,8 +40,8 @@ from pipeline.make_shards import pack
 from pipeline.pack_config import PackConfig
 from pipeline.validate import StoredForm
 
-# Shards of a size that two processes can share out evenly; at 256 MiB one would pack two of three.
-ROUNDS, PROCESSES, SHARD_MIB = 5, 2, 64
+# Shards that two processes can share out evenly: 8 of them; at 256 MiB one would pack two of three.
+ROUNDS, PROCESSES, SHARD_MIB = 5, 2, 70
 DATA = Path(os.environ.get("MOCO_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
