@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
-from model.moco import MoCo
+from model.moco import MoCo, QueryEncoder
 from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
 from model.run_state import RunState
@@ -98,20 +98,15 @@ def main() -> None:
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
         dictionary = dictionary.to(accelerator.device)
         optimizer = make_optimiser(config.optimiser, moco.parameters())
-        wrapped, optimizer = accelerator.prepare(moco, optimizer)
+        wrapped = accelerator.prepare(moco)  # the optimiser needs no wrapper, the guard steps it
         state = RunState(moco, dictionary, optimizer, accelerator.scaler)
         if found:
             state.load(found)
         total_steps = length_in_steps(config, loader.order)
         for line in introduce(config, accelerator, loader, total_steps, found):
             console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
-        saver = Saver(
-            state,
-            output,
-            keep=config.keep,
-            minutes=config.save_minutes,
-            failed=partial(say_not_saved, console),
-        )
+        failed = partial(say_not_saved, console)
+        saver = Saver(state, output, keep=config.keep, minutes=config.save_minutes, failed=failed)
         guard = StepGuard(moco, accelerator.scaler)
         guard.skipped = found.state.get("skipped_steps", 0) if found else 0
         watches = (watch_of(config, accelerator), guard)
@@ -136,6 +131,11 @@ class Run:
     saver: Saver
     health: HealthWatch
     guard: StepGuard
+
+    @cached_property
+    def encoders(self) -> QueryEncoder:
+        """Without the data-parallel wrapper; kept, since to ask for it takes 0.4 ms."""
+        return self.accelerator.unwrap_model(self.moco)  # type: ignore[no-any-return]
 
 
 def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
@@ -236,7 +236,7 @@ def prepare_encoders(moco: torch.nn.Module, config: TrainConfig, console: Consol
 
 def set_momentum(run: Run, step: int, total_steps: int) -> None:
     """Give the key encoder, where there is one, its momentum of a step."""
-    moco, config = run.accelerator.unwrap_model(run.moco), run.config.moco
+    moco, config = run.encoders, run.config.moco
     if isinstance(moco, MoCo):
         moco.momentum = momentum_at(config.momentum, step, total_steps, config.momentum_schedule)
 
@@ -310,7 +310,7 @@ def alarms_of(run: Run) -> Alarms:
 
 def report_health(run: Run, report: RunReport, step: int) -> None:
     """What the last look at the dictionary found, if it was since the last report."""
-    found = run.health.read(run.accelerator.unwrap_model(run.moco))
+    found = run.health.read(run.encoders)
     if found is not None:
         report.health(step, found)
 
@@ -319,7 +319,7 @@ def report_knn(run: Run, report: RunReport, step: int) -> None:
     """Judge the query encoder as it is; on the main process, the others wait."""
     config = run.config
     if run.accelerator.is_main_process and config.knn_train and config.knn_test:
-        moco = run.accelerator.unwrap_model(run.moco)
+        moco = run.encoders
         protocol = KnnProtocol()
         view = eval_view_of(config.data, protocol.interpolation)
         judged = Judged(moco.encoder_q.backbone, view, {"encoder": "encoder_q", "step": step})

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,9 +85,10 @@ def similarity_counts(similarity: Tensor) -> Tensor:
 
 def encoder_distance(query: Iterable[Tensor], key: Iterable[Tensor]) -> Tensor:
     """Distance of the two encoders' weights, over the length of the query encoder's."""
-    query, key = list(query), list(key)
-    apart = torch._foreach_norm(torch._foreach_sub(query, key))
-    distance: Tensor = torch.stack(apart).norm() / torch.stack(torch._foreach_norm(query)).norm()
+    query = list(query)
+    # Weight by weight: the difference of all at once is memory that has to be had first.
+    apart = torch.stack([torch.dist(q, k) for q, k in zip(query, key, strict=True)])
+    distance: Tensor = apart.norm() / torch.stack(torch._foreach_norm(query)).norm()
     return distance
 
 
@@ -104,7 +106,7 @@ class RecentLabels:
 
     def push(self, labels: Iterable[int]) -> None:
         """Those of a step, after it."""
-        self._labels.extend(int(label) for label in labels)
+        self._labels.extend(np.asarray(labels).tolist())
 
     def false_negative_share(self, labels: Iterable[int]) -> float | None:
         """Mean share of the queue that is of a query's own class; None where that is not known."""

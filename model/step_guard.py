@@ -7,6 +7,7 @@ statistics are put back, and dictionaries take no key that is not finite by them
 The decision costs the one wait of a step for its device: after the backward pass.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,12 @@ class StepGuard:
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # Of a norm that overflows every single gradient may be finite: that step is none either.
-        is_good = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-        if is_good or self._scaler is not None:  # which lowers its scale after a bad one
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        is_good = math.isfinite(norm.item())
+        if self._scaler is not None:  # which lowers its scale after a bad one
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        elif is_good:
             optimizer.step()
         if not is_good:
             copy_all(self._kept, self._buffers)

@@ -153,7 +153,7 @@ def tiny_run(tmp_path):
     settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": config.optimiser.weight_decay}
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), **settings)
     accelerator = Accelerator()
-    wrapped, optimizer = accelerator.prepare(moco, optimizer)
+    wrapped = accelerator.prepare(moco)
     rest = (None, NO_LOOKS, StepGuard(moco, None))
     return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, *rest)
 

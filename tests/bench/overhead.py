@@ -111,7 +111,7 @@ def main() -> None:
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=name)
         loader = TurnsLoader(config)
         moco, dictionary, optimizer = pieces(config)
-        wrapped, optimizer = accelerator.prepare(moco, optimizer)
+        wrapped = accelerator.prepare(moco)
         state = RunState(moco, dictionary, optimizer, None)
         saver = Saver(state, Path(name), keep=2, minutes=0, failed=print)
         run = train.Run(
