@@ -7,6 +7,7 @@ import argparse
 import difflib
 from pathlib import Path
 
+from eval.learning_rate import with_own_lr
 from eval.recipes import RECIPES
 from eval.run_config import TrainConfig, read_config
 from pipeline.command_line import parse_flags
@@ -16,6 +17,8 @@ from pipeline.program import InputError
 def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
     """Settings: those of the recipe, then those of --config FILE, then the flags.
 
+    The learning rate is that of their batch, so a run's config.json holds the number itself.
+
     Args:
         arguments: of the command line.
         about: what --help says of the program.
@@ -24,7 +27,8 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
         InputError: if the recipe or a setting in the file is unknown.
     """
     default, rest = recipe_of(arguments)
-    return parse_flags(TrainConfig, about_recipes(about, default), rest, default)
+    config = parse_flags(TrainConfig, about_recipes(about, default), rest, default)
+    return with_own_lr(config, default, rest)
 
 
 def about_recipes(about: str, default: TrainConfig) -> str:

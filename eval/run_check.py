@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from eval.features import require_labels
+from eval.learning_rate import about_lr
 from eval.run_config import TrainConfig
 from eval.weights_source import starting_weights
 from model.checkpoint import Checkpoint
@@ -102,6 +103,7 @@ def introduce(
         f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
         f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
     )
+    yield from about_lr(config)
     if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         yield (
             "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "

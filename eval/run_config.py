@@ -118,7 +118,13 @@ def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:
     if not isinstance(plain, dict):
         raise InputError(f"--config {path} holds no settings: give a run's config.json")
     if recipe is not None:
-        plain = merged(to_plain(recipe), plain)
+        below = to_plain(recipe)
+        # The recipe's rate is for the recipe's batch, one in the file for the file's.
+        own = plain.get("optimiser")
+        has_lr = isinstance(own, dict) and "lr" in own
+        lr_batch = recipe.optimiser.lr_batch or recipe.batch
+        below["optimiser"]["lr_batch"] = None if has_lr else lr_batch
+        plain = merged(below, plain)
     return from_plain(TrainConfig, {**plain, "resume": None}, str(path))
 
 

@@ -17,6 +17,7 @@ from model.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
+from model.schedule import scaled_lr
 from pipeline.program import InputError
 from pipeline.settings import flat, to_plain
 from pipeline.shard_format import atomic_file
@@ -113,6 +114,9 @@ def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: st
             f"{manifest_sha256[:12]}: give the same shards, or start a new run"
         )
     before, now = flat(found.state["config"]), flat(to_plain(config))
+    if (lr_batch := before.get("optimiser.lr_batch")) is not None:  # of a run of an older version
+        lr = scaled_lr(before["optimiser.lr"], before["batch"], lr_batch)
+        before |= {"optimiser.lr": lr, "optimiser.lr_batch": None}
     other = [
         f"{name} = {before.get(name)}, now it is {now.get(name)}"
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "recipe", name))

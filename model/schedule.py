@@ -12,9 +12,11 @@ class OptimiserConfig:
     name: Literal["sgd", "lars", "adamw"] = "sgd"
     """sgd: MoCo v1 and v2. lars: v3 on a ResNet. adamw: v3 on a ViT."""
     lr: float = 0.03
-    """The highest, for --batch pictures, or for --optimiser.lr-batch where that is given."""
+    """The highest. A recipe's own follows --batch in proportion, from what it was published for;
+    one that is given is taken as it is."""
     lr_batch: int | None = None
-    """Scale --optimiser.lr by --batch over this number; MoCo v3 gives its rates per 256."""
+    """Pictures in a step that --optimiser.lr is for, where that is not --batch: it is scaled by
+    --batch over this number. MoCo v3 gives its rates per 256."""
     momentum: float = 0.9
     """Of SGD and LARS; AdamW's first beta."""
     weight_decay: float = 1e-4
@@ -48,9 +50,10 @@ class OptimiserConfig:
 def scaled_lr(lr: float, batch: int, lr_batch: int | None) -> float:
     """The linear scaling rule: a rate given for ``lr_batch`` pictures, at ``batch`` pictures.
 
-    Source: https://arxiv.org/abs/1706.02677; MoCo v3 uses it with 256.
+    Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 2.1; MoCo v3 uses it with
+    256 for LARS and AdamW alike.
     """
-    return lr if lr_batch is None else lr * batch / lr_batch
+    return lr if lr_batch is None else lr * (batch / lr_batch)  # a ratio of 1 changes no bit
 
 
 def lr_at(
