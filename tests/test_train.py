@@ -800,16 +800,35 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory, shard_set):
-    """The same run in this process and by ``accelerate launch`` in two."""
+    """The same run in this process and in two, as a launcher starts them; what the two said."""
     folder = tmp_path_factory.mktemp("two")
-    words = ["--data.shards", str(shard_set), "--steps", "5", "--batch", "16",
-             "--data.image-px", "64", "--data.eval-resize-px", "64"]  # fmt: skip
-    process = launched(folder, *words, "--output", "run")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    done = SimpleNamespace(stdout=out, stderr=err)
+    words = ["--data.shards", str(shard_set), "--steps", "4", "--batch", "16",
+             "--moco.batch-norm-groups", "2", "--data.image-px", "64",
+             "--data.eval-resize-px", "64"]  # fmt: skip
+    environment = without_gpus(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=free_port())  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [*warm_python(), ROOT / "train.py", *TINY, *words, "--output", "run"],
+            cwd=folder,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
     command(*TINY, *words, "--output", folder / "alone")
-    return folder / "alone", folder / "run", done
+    return folder / "alone", folder / "run", said
+
+
+def without_gpus(**more):
+    """The environment of processes that are several of a run, on one core each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    environment.pop("ACCELERATE_USE_CPU")
+    return environment
 
 
 def launched(folder, *words, restarts=0):
@@ -817,12 +836,10 @@ def launched(folder, *words, restarts=0):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
               "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", free_port(), "--max_restarts", str(restarts)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("ACCELERATE_USE_CPU")
     return subprocess.Popen(
         [*launch, ROOT / "train.py", *TINY, *words],
         cwd=folder,
-        env=environment,
+        env=without_gpus(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -867,19 +884,18 @@ def test_a_signal_under_accelerate_launch_saves_and_the_run_goes_on_to_the_same_
     assert_same_checkpoint(tmp_path / "run", tmp_path / "whole", 400)
 
 
-@pytest.mark.slow
 def test_two_processes_see_the_same_global_batches_as_one(one_and_two):
     alone, both, _ = one_and_two
     for (step, loss, rate), (_, expected, expected_rate) in zip(
         logged(both, "loss", "learning_rate"), logged(alone, "loss", "learning_rate"), strict=True
     ):
-        assert loss == pytest.approx(expected, abs=1e-5 if step == 1 else 3e-3)
+        # Rounding grows tenfold a step: batch norm over a few pictures.
+        assert loss == pytest.approx(expected, abs=1e-5 if step <= 3 else 3e-3)
         assert rate == expected_rate
 
 
-@pytest.mark.slow
 def test_two_processes_end_with_the_checkpoint_of_one(one_and_two):
-    alone, both = (load_checkpoint(run / "step-000000005").tensors for run in one_and_two[:2])
+    alone, both = (load_checkpoint(run / "step-000000004").tensors for run in one_and_two[:2])
     torch.testing.assert_close(both["queue"], alone["queue"], rtol=0, atol=0.02)
     for encoder in ("encoder_q", "encoder_k"):
         for name, tensor in alone[encoder].items():
@@ -887,13 +903,12 @@ def test_two_processes_end_with_the_checkpoint_of_one(one_and_two):
             assert difference <= 1e-2 * tensor.double().norm() + 1e-3, name
 
 
-@pytest.mark.slow
 def test_two_processes_speak_with_one_voice(one_and_two):
-    _, _, done = one_and_two
-    lines = done.stdout.splitlines()
-    assert sum(line.startswith("step 5/5") for line in lines) == 1
+    _, _, (first, second) = one_and_two
+    lines = first.splitlines()
+    assert sum(line.startswith("step 4/4") for line in lines) == 1
     assert sum("on 2 x cpu" in line for line in lines) == 1
-    assert done.stderr == ""
+    assert second == ""
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_resume(shard_set, tmp_path):
