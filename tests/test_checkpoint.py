@@ -1,8 +1,12 @@
 """A checkpoint is complete or not there."""
 
+import contextlib
 import json
+import os
 import resource
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,12 +202,43 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_part(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: .*step-000000002"):
             save_checkpoint(tmp_path, 2, big, STATE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
     assert newest_checkpoint(tmp_path, pytest.fail).step == 1
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    needed = sum(tensor.nbytes for named in TENSORS.values() for tensor in named.values())
+    for free, steps in ((needed - 1, [1]), (needed, [1, 2])):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with contextlib.suppress(OSError):
+            save(tmp_path, 2)
+        assert steps_in(tmp_path) == steps
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened, replace, sync = [], Path.replace, os.fsync
+
+    def noting(handle):
+        happened.append(Path(f"/proc/self/fd/{handle}").resolve())
+        sync(handle)
+
+    def renaming(path, target):
+        happened.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(Path, "replace", renaming)
+    save(tmp_path, 1)
+    part = tmp_path / ".step-000000001.part"
+    before = happened[: happened.index("renamed")]
+    assert set(before) == {part, *(part / name for name in [*FILES, "manifest.json"])}
+    assert happened[len(before) :] == ["renamed", tmp_path]
 
 
 def test_a_state_that_cannot_be_written_leaves_the_older_checkpoint_and_no_part(tmp_path):

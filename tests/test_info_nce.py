@@ -1,12 +1,20 @@
 """The fused loss; its plain form, which is the truth for it, is ``plain_loss``."""
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.info_nce import chunked_sums, info_nce, info_nce_with_accuracy, pretext_accuracy
+from model.info_nce import (
+    _form_for,
+    chunked_sums,
+    info_nce,
+    info_nce_with_accuracy,
+    pretext_accuracy,
+)
+from model.info_nce_threads import threaded_sums
 
 SHAPES = [(1, 2, 1), (3, 8, 5), (4, 16, 64), (7, 5, 33), (16, 128, 100)]
 
@@ -231,11 +239,20 @@ def test_pretext_accuracy_equals_a_count_by_hand(chunk_rows, set_chunk_rows):
     assert 0 < right < 40
     assert pretext_accuracy(query_ND, key_ND, queue_KD).item() == pytest.approx(right / 40)
     for temperature in (0.005, 0.2, 10.0):
-        loss, accuracy = info_nce_with_accuracy(query_ND, key_ND, queue_KD, temperature)
-        assert accuracy.item() == pytest.approx(right / 40)
+        trained_ND = query_ND.clone().requires_grad_()
+        loss, accuracy = info_nce_with_accuracy(trained_ND, key_ND, queue_KD, temperature)
+        assert accuracy.item() == pytest.approx(right / 40) and not accuracy.requires_grad
         assert torch.equal(loss, info_nce(query_ND, key_ND, queue_KD, temperature))
 
 
 def test_a_key_that_is_in_the_queue_too_does_not_count_as_found():
     corners_44 = torch.eye(4)
     assert pretext_accuracy(corners_44, corners_44, corners_44[:3]) == 0.25
+
+
+def test_each_device_has_its_form(monkeypatch):
+    assert _form_for(torch.device("cpu"), 128) is threaded_sums
+    assert _form_for(torch.device("meta"), 128) is chunked_sums
+    monkeypatch.setitem(sys.modules, "model.info_nce_triton", None)  # as without Triton
+    with pytest.warns(UserWarning, match="in PyTorch's own operations, since Triton does not work"):
+        assert _form_for.__wrapped__(torch.device("cuda", 0), 128) is chunked_sums
