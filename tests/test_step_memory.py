@@ -1,0 +1,83 @@
+"""Planned memory against what PyTorch's allocator hands out in a real step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from eval.recipes import RECIPES
+from model.encoder import EncoderConfig
+from model.mechanism import ENCODERS
+from model.optimiser import make_optimiser
+from model.run_state import flatten_optimiser
+from model.schedule import OptimiserConfig
+from model.step_memory import (
+    AUTOCAST,
+    bytes_of,
+    network_of_process,
+    optimiser_state,
+    peak_of_step,
+)
+
+CIFAR = RECIPES["cifar10"]
+
+
+def step(network, views, precision):
+    dtype = AUTOCAST.get(precision)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        pairs = network(*views, 0)
+    results = [out_ND for pair in pairs for out_ND in pair if out_ND.requires_grad]
+    torch.autograd.backward(results, [torch.ones_like(out_ND) for out_ND in results])
+
+
+def allocated_at_most(network, views, precision):
+    """Bytes of the allocator above what there was, at the worst moment of a step."""
+    step(network, views, precision)  # kernels keep memory of their own from the first call on
+    network.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step(network, views, precision)
+    events = found.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [("no", {}), ("bf16", {"symmetric": True}), ("bf16", {"mechanism": "end-to-end"})],
+)
+def test_the_planned_peak_is_that_of_the_allocator(precision, changes):
+    encoder = replace(CIFAR.encoder, layers=(1, 1, 1, 1))
+    moco, pictures = replace(CIFAR.moco, batch_norm_groups=2, **changes), 16
+    planned = peak_of_step(
+        network_of_process(encoder, moco, 2 * pictures, 2, 32), pictures, 32, precision
+    )
+    one = replace(moco, batch_norm="none")
+    network = ENCODERS[moco.mechanism](encoder, one, pictures, 0, 32)
+    views = [torch.randn(pictures, 3, 32, 32) for _ in range(2)]
+    # Scratch memory of kernels is real and not planned.
+    assert planned == pytest.approx(allocated_at_most(network, views, precision), rel=0.1)
+
+
+def test_groups_of_batch_norm_are_those_of_one_process():
+    network = network_of_process(CIFAR.encoder, CIFAR.moco, 512, 4, 32)
+    assert {m.groups for m in network.modules() if hasattr(m, "groups") and "Split" in str(m)} == {
+        2
+    }
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_the_state_of_the_optimiser_is_that_after_a_real_step(name):
+    config = OptimiserConfig(name=name, lr=0.01)
+    encoder = EncoderConfig(backbone="test_resnet", head="v3", dim=16, hidden=32)
+    planned = optimiser_state(config, network_of_process(encoder, CIFAR.moco, 16, 1, 32))
+    network = ENCODERS["queue"](encoder, replace(CIFAR.moco, batch_norm="none"), 16, 0, 32)
+    optimizer = make_optimiser(config, network.parameters())
+    step(network, [torch.randn(16, 3, 32, 32) for _ in range(2)], "no")
+    optimizer.step()
+    assert planned == bytes_of(flatten_optimiser(optimizer)[0].values())
