@@ -27,7 +27,7 @@ from eval.health_watch import HealthWatch
 from eval.judged import Judged
 from eval.knn import KnnProtocol, knn_of_shards
 from eval.meter import Meter
-from eval.run_arguments import parse_arguments
+from eval.plan_report import settings_or_plan
 from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
 from eval.run_folder import find_start, trim_logs, write_settings
@@ -58,7 +58,7 @@ from pipeline.settings import to_plain
 @lost_rank_ends()
 def main() -> None:
     """One run, from the command line to its last checkpoint."""
-    config = parse_arguments(sys.argv[1:], __doc__ or "")
+    config = settings_or_plan(sys.argv[1:], __doc__ or "")  # --plan ends here
     output = require_output(config)
     manifest_sha256 = check(config)
     # It passes DDP a name that torch 2.15 replaces, which older ones do not know.

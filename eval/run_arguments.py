@@ -5,16 +5,36 @@ Order: the recipe's settings, over them those of --config FILE, over them the fl
 
 import argparse
 import difflib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from eval.learning_rate import with_own_lr
+from eval.plan_config import PlanConfig
 from eval.recipes import RECIPES
 from eval.run_config import TrainConfig, read_config
 from pipeline.command_line import parse_flags
 from pipeline.program import InputError
 
 
-def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """What train.py is asked for."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The settings of the run."""
+    only_plan: Annotated[bool, tyro.conf.arg(name="plan")] = False
+    """Say what the run will take (steps, memory, storage, hours, cost) and start nothing."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self) -> None:
+        if not self.only_plan and self.plan != PlanConfig():
+            raise InputError("--plan.* without --plan: add --plan, or leave them out to train")
+
+
+def parse_arguments(arguments: list[str], about: str) -> TrainArguments:
     """Settings: those of the recipe, then those of --config FILE, then the flags.
 
     The learning rate is that of their batch, so a run's config.json holds the number itself.
@@ -27,8 +47,10 @@ def parse_arguments(arguments: list[str], about: str) -> TrainConfig:
         InputError: if the recipe or a setting in the file is unknown.
     """
     default, rest = recipe_of(arguments)
-    config = parse_flags(TrainConfig, about_recipes(about, default), rest, default)
-    return with_own_lr(config, default, rest)
+    asked = parse_flags(
+        TrainArguments, about_recipes(about, default), rest, TrainArguments(run=default)
+    )
+    return replace(asked, run=with_own_lr(asked.run, default, rest))
 
 
 def about_recipes(about: str, default: TrainConfig) -> str:

@@ -44,8 +44,7 @@ def check(config: TrainConfig) -> str:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     store = open_store(config.data)
     order = make_order(store, config.data, config.batch, config.seed)
-    order.batch(0, 0, world)
-    length_in_steps(config, order)
+    check_order(config, order, world)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
     if config.data.eval_resize_px < config.data.image_px:
@@ -53,6 +52,23 @@ def check(config: TrainConfig) -> str:
             f"--data.eval-resize-px {config.data.eval_resize_px} is smaller than the views of "
             f"{config.data.image_px} px: give at least that"
         )
+    with torch.device("meta"):
+        make_backbone(config.encoder, config.data.image_px)
+    starting_weights(config.encoder, config.data.image_px)
+    for shards in (config.knn_train, config.knn_test):
+        if shards is not None:
+            require_labels(ShardStore(shards, cache_of(config.data)))
+    return store.manifest.sha256
+
+
+def check_order(config: TrainConfig, order: Order, world: int) -> None:
+    """See that so many processes can share the batches of a set.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    order.batch(0, 0, world)
+    length_in_steps(config, order)
     try:
         groups_per_process(config.moco, config.batch, world)
     except ValueError as error:
@@ -62,13 +78,6 @@ def check(config: TrainConfig) -> str:
             f"a memory bank needs more pictures than a batch, there are {order.samples} for a "
             f"--batch of {config.batch}: give a smaller one, or another --moco.mechanism"
         )
-    with torch.device("meta"):
-        make_backbone(config.encoder, config.data.image_px)
-    starting_weights(config.encoder, config.data.image_px)
-    for shards in (config.knn_train, config.knn_test):
-        if shards is not None:
-            require_labels(ShardStore(shards, cache_of(config.data)))
-    return store.manifest.sha256
 
 
 def length_in_steps(config: TrainConfig, order: Order) -> int:

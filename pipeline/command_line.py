@@ -45,15 +45,20 @@ def parse_flags(
         raise InputError(str(error)) from error
 
 
-def require_at_least_1(settings: object, *names: str) -> None:
+def require_at_least_1(settings: object, *names: str, prefix: str = "") -> None:
     """See that these settings of a program are.
+
+    Args:
+        settings: that have them.
+        names: of the settings.
+        prefix: of their flags, with its dot.
 
     Raises:
         InputError: naming the flag of the first that is not, and its value.
     """
     for name in names:
         if getattr(settings, name) < 1:
-            flag = "--" + name.replace("_", "-")
+            flag = f"--{prefix}{name.replace('_', '-')}"
             raise InputError(f"{flag} {getattr(settings, name)}: give a number of at least 1")
 
 

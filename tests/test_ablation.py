@@ -59,11 +59,11 @@ def test_each_cell_of_the_tables_stands_once(tmp_path):
 def test_a_cell_is_a_run_of_train_py_that_differs_by_its_flags_only(tmp_path):
     config = settings(tmp_path)
     words = command(config, Cell("queue", 64, 0.5), 7)
-    parsed = parse_arguments(words[1:], "")
+    parsed = parse_arguments(words[1:], "").run
     moco = parsed.moco
     assert words[0] == "train.py"
     assert (moco.mechanism, moco.queue, moco.momentum, parsed.seed) == ("queue", 64, 0.5, 7)
-    bank = parse_arguments(command(config, Cell("memory-bank", 64), 7)[1:], "")
+    bank = parse_arguments(command(config, Cell("memory-bank", 64), 7)[1:], "").run
     assert bank.moco.mechanism == "memory-bank"
     assert bank.optimiser == parsed.optimiser
     assert bank.encoder == parsed.encoder

@@ -15,12 +15,12 @@ from pipeline.settings import to_plain
 
 
 def rate(*words):
-    return parse_arguments([*words], "").optimiser.lr
+    return parse_arguments([*words], "").run.optimiser.lr
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_at_the_published_batch_a_recipe_has_the_published_rate_at_every_step(recipe):
-    published, config = RECIPES[recipe], parse_arguments([recipe], "")
+    published, config = RECIPES[recipe], parse_arguments([recipe], "").run
     for step in (0, 1, 500, 999):
         now, before = (lr_at(c.optimiser, step, 1000, 10, c.batch) for c in (config, published))
         assert now == pytest.approx(before, rel=1e-15)
@@ -49,7 +49,7 @@ def test_at_the_published_batch_a_recipe_has_the_published_rate_at_every_step(re
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )  # fmt: skip
 def test_the_rate_follows_the_batch_unless_it_is_given(words, lr, said):
-    config = parse_arguments(words, "")
+    config = parse_arguments(words, "").run
     assert config.optimiser.lr == pytest.approx(lr, rel=1e-12)
     lines = list(about_lr(config))
     assert len(lines) == len(said)
@@ -63,11 +63,11 @@ def settings_file(folder, config):
 
 
 def test_what_a_run_wrote_is_its_rate_and_is_not_scaled_again(tmp_path):
-    config = parse_arguments(["moco-v3-300", "--batch", "96"], "")
+    config = parse_arguments(["moco-v3-300", "--batch", "96"], "").run
     file = settings_file(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text())["optimiser"]["lr"] == 0.3 * 96 / 256
-    assert parse_arguments(["--config", file], "") == config
-    assert parse_arguments(["moco-v3-300", "--config", file], "") == config
+    assert parse_arguments(["--config", file], "").run == config
+    assert parse_arguments(["moco-v3-300", "--config", file], "").run == config
     assert rate("--config", file, "--batch", "192") == pytest.approx(0.3 * 192 / 256)
 
 
@@ -88,7 +88,7 @@ def test_a_file_with_another_batch_or_rate_counts_as_flags_do(content, lr, tmp_p
 
 
 def test_a_checkpoint_of_an_older_version_that_scaled_at_each_step_goes_on():
-    config = parse_arguments(["moco-v3-300"], "")
+    config = parse_arguments(["moco-v3-300"], "").run
     before = dataclasses.replace(config, optimiser=RECIPES["moco-v3-300"].optimiser)
     state = {"data": {"manifest_sha256": "00"}, "config": to_plain(before)}
     refuse_other_run(config, SimpleNamespace(folder="step-1", state=state), "00")

@@ -473,7 +473,7 @@ def test_the_settings_that_a_run_wrote_are_the_input_of_the_next(six_steps, tmp_
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     (tmp_path / "some.json").write_text('{"batch": 12, "moco": {"queue": 5, "momentum": 0.5}}')
     words = ["demo", "--config", str(tmp_path / "some.json"), "--moco.queue", "7"]
-    config = parse_arguments(words, "")
+    config = parse_arguments(words, "").run
     assert (config.batch, config.moco.queue, config.moco.momentum) == (12, 7, 0.5)
     assert config.moco.temperature == RECIPES["demo"].moco.temperature
 
@@ -606,6 +606,26 @@ def test_a_far_too_high_learning_rate_raises_the_alarm(shard_set, tmp_path):
 def test_a_queue_longer_than_the_data_raises_the_alarm(shard_set, tmp_path):
     run = trained(tmp_path / "run", shard_set, "--steps", "1", "--moco.queue", "64")
     assert alarms_of(run) == ["long queue"]
+
+
+# The plan ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_the_checkpoints_and_leaves_nothing(tmp_path, shard_set, six_steps):
+    figures, output = tmp_path / "plan.json", tmp_path / "run"
+    words = ["--steps", "6", "--output", output, "--plan", "--plan.json", figures]
+    done = command(*TINY, "--data.shards", shard_set, *words)
+    assert (done.code, done.err) == (0, "")
+    assert "nothing was started" in done.out
+    assert sorted(tmp_path.iterdir()) == [figures]
+    planned = json.loads(figures.read_text())
+    folder = six_steps / "step-000000006"
+    tensors = load_checkpoint(folder).tensors.values()
+    real = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
+    assert planned["storage"]["checkpoint"] == real
+    on_disk = sum(file.stat().st_size for file in folder.iterdir())
+    assert on_disk - real < 64 * 1024
+    assert planned["length"]["steps"] == 6
 
 
 # Wrong input -------------------------------------------------------------------------------------
