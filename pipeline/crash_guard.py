@@ -3,7 +3,8 @@
 Decoders are C code that reads what strangers made. Each worker notes which picture it has in hand.
 When one dies, the pictures that were in hand are decoded again, each in a process of its own; the
 one that dies once more is to blame and is refused by name. A picture that takes longer than allowed
-is to blame at once, and its worker is ended from outside.
+is to blame at once, and its worker is ended from outside; one that is decoded alone by the system's
+alarm.
 """
 
 import json
@@ -34,13 +35,17 @@ class Probe:
     entry: Entry
     limits: Limits
     form: StoredForm
+    max_seconds: int
+    """0: any time."""
 
 
 def probe(job: Probe) -> None:
-    """Do with a picture what packing does."""
+    """Do with a picture what packing does; a decoder that hangs ends with its process."""
+    signal.alarm(job.max_seconds)
     with suppress(OSError, RefusedError):
         data, _ = read_picture(job.entry, job.limits)
         accept_picture(data, job.limits, job.form)
+    signal.alarm(0)
 
 
 @dataclass
@@ -67,7 +72,7 @@ class CrashGuard:
         self._looked_s = now
         for shard, (count, process, since_s) in self._in_hand().items():
             if now - since_s > self.max_seconds and (shard, count) not in self._overdue:
-                self._overdue[shard, count] = f"took too long: more than {self.max_seconds} s"
+                self._overdue[shard, count] = self._too_long()
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
@@ -81,12 +86,8 @@ class CrashGuard:
         self._overdue.clear()
         if not guilty:
             for shard, (count, _, _) in self._in_hand().items():
-                if entry := self._entry(shard, count):
-                    job = Probe(entry, self.plan.limits, self.plan.form)
-                    try:
-                        run_jobs(probe, [job], 1, lambda *_: None, lambda _: None)
-                    except BrokenProcessPool:
-                        guilty[shard, count] = CRASHED
+                if (entry := self._entry(shard, count)) and (reason := self._fault_of(entry)):
+                    guilty[shard, count] = reason
         for (shard, count), reason in guilty.items():
             blamed = read_blamed(self.plan.output, shard) | {count: reason}
             with atomic_file(blamed_path(self.plan.output, shard)) as file:
@@ -98,6 +99,20 @@ class CrashGuard:
                 "to blame; was the memory used up? Try fewer --workers or a lower --max-pixels"
             )
         self.begin()
+
+    def _too_long(self) -> str:
+        return f"took too long: more than {self.max_seconds} s"
+
+    def _fault_of(self, entry: Entry) -> str:
+        """What a picture does to a process of its own, or "" if nothing."""
+        started = time.monotonic()
+        job = Probe(entry, self.plan.limits, self.plan.form, self.max_seconds)
+        try:
+            run_jobs(probe, [job], 1, lambda *_: None, lambda _: None)
+        except BrokenProcessPool:
+            is_late = self.max_seconds and time.monotonic() - started > self.max_seconds
+            return self._too_long() if is_late else CRASHED
+        return ""
 
     def _in_hand(self) -> dict[int, tuple[int, int, float]]:
         found = {}
