@@ -28,6 +28,9 @@ WHOLE_FILE = -1
 KEY_STEM_LENGTH = 72
 DROPPED_NAME = "dropped"  # places in the list that are left out, as duplicates
 BUFFERED = 1 << 16  # values in memory before they are written
+_as_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one for each call
+_ODD = re.compile(r"[^A-Za-z0-9_/-]")
+_HIDDEN = re.compile(r"(^|/)__+")
 _PAIR = struct.Struct("=QQ")
 STEMS_AT_ONCE = 1 << 20  # of which those that occur twice are looked for
 
@@ -94,12 +97,15 @@ class _Numbers:
         self._file.close()
 
 
-def write_list(folder: Path, entries: Iterable[Entry | Ignored]) -> ListInfo:
+def write_list(
+    folder: Path, entries: Iterable[Entry | Ignored], max_bytes: int | None = None
+) -> ListInfo:
     """Write the list of a source into an empty folder.
 
     Args:
         folder: exists; gets ``entries.jsonl``, ``places``, ``shared`` and ``ignored.jsonl``.
         entries: in an order that depends on the source alone.
+        max_bytes: of one picture; what has more is refused later and adds nothing to a shard.
     """
     sha256 = hashlib.sha256()
     count = total_bytes = place = ignored = 0
@@ -120,13 +126,15 @@ def write_list(folder: Path, entries: Iterable[Entry | Ignored]) -> ListInfo:
                 no.write(json.dumps(row).encode() + b"\n")
                 ignored += 1
                 continue
-            line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+            line = _as_json(entry).encode() + b"\n"
             file.write(line)
             sha256.update(line)
             places.add(place)
             stems.add(_stem_hash(entry.name))
             place += len(line)
-            count, total_bytes = count + 1, total_bytes + entry.size_bytes
+            count += 1
+            if max_bytes is None or entry.size_bytes <= max_bytes:
+                total_bytes += entry.size_bytes
             if isinstance(entry.label, str):
                 classes.add(entry.label)
             elif entry.label is not None:
@@ -203,9 +211,9 @@ class EntryList:
 
 
 def _stem_of(name: str) -> str:
-    stem = re.sub(r"[^A-Za-z0-9_/-]", "_", name.rpartition(".")[0] or name)
+    stem = _ODD.sub("_", name.rpartition(".")[0] or name)
     # webdataset keeps folders such as "__meta__" for notes of its own.
-    return re.sub(r"(^|/)__+", r"\1_", stem)
+    return _HIDDEN.sub(r"\1_", stem) if "__" in stem else stem
 
 
 def _stem_hash(name: str) -> int:

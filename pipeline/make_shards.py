@@ -52,6 +52,7 @@ from pipeline.unfinished import (
     refuse_foreign,
     take_up,
 )
+from pipeline.validate import Limits
 from pipeline.worker_pool import warm_up
 
 REFUSED_NAME = "refused.jsonl"
@@ -73,7 +74,8 @@ def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
     for number, other in enumerate(curation.against):
         folder = listed.folder / f"against{number}"
         folder.mkdir()
-        lists.append(list_source(open_source(other, SourceConfig()), folder, other))
+        source = open_source(other, SourceConfig())
+        lists.append(list_source(source, folder, other, config.limits))
     lists.append(listed)
     look = curation.near_duplicates >= 0
     jobs = [print_jobs(some, config.limits, look=look) for some in lists]
@@ -146,13 +148,13 @@ def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def list_source(source: Source, folder: Path, name: str) -> ListInfo:
+def list_source(source: Source, folder: Path, name: str, limits: Limits) -> ListInfo:
     """Write down what is to be packed.
 
     Raises:
         InputError: if that is nothing.
     """
-    listed = write_list(folder, source.entries)
+    listed = write_list(folder, source.entries, limits.max_bytes)
     if not listed.count:
         raise InputError(f"the source {name} {source.empty} ({listed.ignored} other files)")
     return listed
@@ -218,7 +220,7 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
         warm_up(pack_shard)  # while the source is listed
     part = config.part_name()
     with being_filled(config.output, part) as list_folder:
-        listed = list_source(source, list_folder, config.source)
+        listed = list_source(source, list_folder, config.source, config.limits)
         against = curate(listed, config, console)
         plan = plan_for(source, listed, config)
         agreed = {

@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 import struct
 import time
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class ShardJob:
 
 def shards_needed(total_bytes: int, count: int, shard_bytes: int, shard_samples: int) -> int:
     """How many shards of equal numbers of pictures keep to both sizes, on average for the bytes."""
-    return max(1, -(-total_bytes // shard_bytes), -(-count // shard_samples))
+    return min(count, max(1, -(-total_bytes // shard_bytes), -(-count // shard_samples)))
 
 
 def pack_shard(job: ShardJob) -> ShardResult:
@@ -200,10 +201,13 @@ def read_picture(entry: Entry, limits: Limits) -> tuple[bytes, str | int | None]
 
 
 def _file_bytes(entry: Entry, limits: Limits) -> bytes:
-    handle = os.open(entry.path, os.O_RDONLY)
+    handle = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
     try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise RefusedError("not a file")
         whole = entry.offset == WHOLE_FILE
-        size = os.fstat(handle).st_size if whole else entry.size_bytes
+        size = status.st_size if whole else entry.size_bytes
         check_bytes(size, limits)
         start = 0 if whole else entry.offset
         data = os.pread(handle, size, start)

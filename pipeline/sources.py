@@ -85,10 +85,13 @@ def walk_pictures(root: Path) -> Iterator[Entry | Ignored]:
             yield Ignored(folder, "link to a folder that is walked by another way")
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders = [file for file in files if _is_dir(file)]
+        others: list[os.DirEntry[str]] = []
+        folders: list[os.DirEntry[str]] = []
+        for file in files:
+            (folders if _is_dir(file) else others).append(file)
         for file in reversed(folders):
             (links if file.is_symlink() else waiting).append(_join(folder, file.name))
-        yield from _pictures_of(folder, [file for file in files if file not in folders])
+        yield from _pictures_of(folder, others)
 
 
 def _is_dir(file: os.DirEntry[str]) -> bool:
@@ -147,7 +150,8 @@ def _why_no_picture(file: os.DirEntry[str]) -> str:
         return "link to nothing"
     if not file.is_file():
         return "not a file"
-    suffix = Path(file.name).suffix.lower()
+    dot = file.name.rfind(".")
+    suffix = file.name[dot:].lower() if 0 < dot < len(file.name) - 1 else ""
     if suffix in PICTURE_SUFFIXES or (not suffix and _begins_like_a_picture(Path(file.path))):
         return ""
     return f"ending {suffix}" if suffix else "no ending, and does not begin like a picture"

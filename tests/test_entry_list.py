@@ -151,3 +151,10 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_list(tmp_path):
     growth = peak_growth_mib(tmp_path / "long", 2_000_000)
     assert growth < 1.5 * peak_growth_mib(tmp_path / "short", 200_000) + 16 < 100
+
+
+def test_what_is_too_large_to_be_packed_adds_nothing_to_the_bytes_of_a_list(tmp_path):
+    # A sparse file of 1 TiB would else ask for thousands of shards.
+    entries = [Entry("a.jpg", "a.jpg", 70), Entry("b.jpg", "b.jpg", 1 << 40)]
+    listed = write_list(tmp_path, entries, max_bytes=100)
+    assert (listed.count, listed.total_bytes) == (2, 70)

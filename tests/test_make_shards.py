@@ -496,7 +496,13 @@ def test_a_part_that_is_none_is_one_line(picture_folder, tmp_path, part):
 
 @pytest.mark.parametrize(
     ("total_bytes", "count", "shard_bytes", "shard_samples", "shards"),
-    [(50, 5, 1000, 2, 3), (50, 5, 30, 100, 2), (60, 2, 30, 100, 2), (0, 1, 1, 1, 1)],
+    [
+        (50, 5, 1000, 2, 3),
+        (50, 5, 30, 100, 2),
+        (60, 2, 30, 100, 2),
+        (0, 1, 1, 1, 1),
+        (900, 2, 1, 9, 2),
+    ],
 )
 def test_as_many_shards_as_bytes_and_pictures_ask_for(
     total_bytes, count, shard_bytes, shard_samples, shards

@@ -7,21 +7,16 @@ does not; the table below says what make_shards does with it.
 import csv
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 from pipeline.shard_format import read_manifest
-from pipeline.shard_store import ShardStore
+from tests.messy_folder import PROGRAM, decoded_by_dali, run_measured, stored
 
-ROOT = Path(__file__).resolve().parents[1]
 # (outcome, verdict of the manifest): files
 OUTCOMES = {
     ("kept", "control"): 2,
@@ -64,20 +59,10 @@ def messy(test_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("messy")
     with tarfile.open(test_data / "messy.tar") as tar:
         tar.extractall(folder, filter="data")
-    measure = (
-        "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode;"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
-    )
-    program = [sys.executable, ROOT / "pipeline" / "make_shards.py"]
-    done = subprocess.run(
-        [sys.executable, "-c", measure, *program, "messy", "shards", "--workers", "2"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, int(done.stdout.split()[-1]) / 1024
+    words = [PROGRAM, "messy", "shards", "--workers", "2"]
+    code, errors, peak_mib = run_measured(words, folder, limit_s=120)
+    assert code == 0, errors
+    return folder, peak_mib
 
 
 def verdicts_of(folder):
@@ -98,51 +83,27 @@ def outcomes_of(folder):
     return outcomes
 
 
-def stored_pictures(folder):
-    """The bytes of all stored pictures and their sizes in the index."""
-    store = ShardStore(folder / "shards")
-    for shard in range(len(store.manifest.shards)):
-        for index, record in enumerate(store.records(shard)):
-            size = (int(record["width"]), int(record["height"]))
-            yield store.key(shard, index), store.picture(shard, index).tobytes(), size
-
-
 def test_every_file_is_kept_transcoded_or_refused_by_the_table(messy):
     verdicts, outcomes = verdicts_of(messy[0]), outcomes_of(messy[0])
     found = Counter((outcomes.pop(name, "kept"), verdict) for name, verdict in verdicts.items())
     assert dict(found) == OUTCOMES
     assert list(outcomes) == ["MANIFEST.tsv"]
-    stored = [count for (outcome, _), count in OUTCOMES.items() if outcome[:3] in ("was", "kep")]
-    assert read_manifest(messy[0] / "shards").samples == sum(stored)
+    accepted = [count for (outcome, _), count in OUTCOMES.items() if outcome[:3] in ("was", "kep")]
+    assert read_manifest(messy[0] / "shards").samples == sum(accepted)
 
 
 def test_the_peak_memory_of_any_process_stays_bounded(messy):
     assert 50 < messy[1] < PEAK_MIB
 
 
-def decoded_by_dali(pictures):
-    """What DALI makes of JPEGs on a CPU, one by one, decoded as for training."""
-    pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
-    from pipeline import dali_views
-
-    waiting = iter(pictures)
-    graph = dali_views.decode_graph(
-        lambda: [[np.frombuffer(next(waiting), np.uint8)]],
-        "cpu",
-        **dali_views.pipeline_arguments(1, 1, torch.device("cpu"), prefetch=1),
-    )
-    graph.build()
-    for _ in pictures:
-        yield np.asarray(graph.run()[0].at(0))
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow, of odd metadata
 def test_all_that_was_accepted_decodes_in_dali_to_what_pillow_makes_of_it(messy, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    stored = list(stored_pictures(messy[0]))
-    assert len(stored) == read_manifest(messy[0] / "shards").samples
-    by_dali = decoded_by_dali([data for _, data, _ in stored])
-    for (key, data, size), ours in zip(stored, by_dali, strict=True):
+    pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
+    pictures = list(stored(messy[0] / "shards"))
+    assert len(pictures) == read_manifest(messy[0] / "shards").samples
+    by_dali = decoded_by_dali([data for _, data, _ in pictures])
+    for (key, data, size), ours in zip(pictures, by_dali, strict=True):
         image = Image.open(io.BytesIO(data), formats=["JPEG"])
         assert image.size == size and image.mode in ("RGB", "L"), key
         assert "progressive" not in image.info and image.getexif().get(0x0112, 1) == 1, key
@@ -164,62 +125,16 @@ def test_what_was_transcoded_still_shows_the_same_picture(messy, monkeypatch, ke
         if outcomes.get(name, "").startswith("was")
     }
     far = {}
-    for key, data, size in stored_pictures(messy[0]):
+    for key, data, size in stored(messy[0] / "shards"):
         source = sources.get(key)
         if source is None or source.name in BEYOND_8_BITS or max(size) > 5000:
             continue
         with Image.open(source) as image:
             rgba = ImageOps.exif_transpose(image).convert("RGBA")
         truth = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        stored = Image.open(io.BytesIO(data)).convert("RGB")
-        assert stored.size == truth.size, source
-        apart = np.abs(np.asarray(stored, np.int16) - np.asarray(truth, np.int16)).mean()
+        ours = Image.open(io.BytesIO(data)).convert("RGB")
+        assert ours.size == truth.size, source
+        apart = np.abs(np.asarray(ours, np.int16) - np.asarray(truth, np.int16)).mean()
         if apart > 3.3:  # an icon of 4 x 4 pixels; photos lose one
             far[source.name] = apart
     assert far == {}
-
-
-def damaged(data, rng):
-    """A file with what disks, networks and fuzzers do to one."""
-    data, kind = bytearray(data), rng.integers(0, 5)
-    if kind == 0:
-        for place in rng.integers(0, len(data), 8):
-            data[place] ^= 1 << int(rng.integers(0, 8))
-    elif kind == 1:  # in the header
-        for place in rng.integers(0, min(len(data), 700), 3):
-            data[place] = int(rng.integers(0, 256))
-    elif kind == 2:
-        del data[int(rng.integers(1, len(data) + 1)) :]
-    elif kind == 3:
-        start = int(rng.integers(0, len(data)))
-        data[start : start + 3000] = bytes(len(data[start : start + 3000]))
-    else:
-        start = int(rng.integers(0, len(data)))
-        data[start:start] = rng.bytes(int(rng.integers(1, 2000)))
-    return bytes(data)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_of_a_thousand_damaged_files_all_that_is_accepted_decodes(
-    messy, tmp_path, pack_source, monkeypatch
-):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    rng = np.random.default_rng(0)
-    files = [path for path in (messy[0] / "messy").rglob("*") if path.is_file()]
-    files = sorted(path for path in files if 0 < path.stat().st_size < 200_000)
-    (tmp_path / "in").mkdir()
-    for number in range(1000):
-        source = files[int(rng.integers(0, len(files)))]
-        name = f"{number:04d}{source.suffix}"
-        (tmp_path / "in" / name).write_bytes(damaged(source.read_bytes(), rng))
-    output = pack_source(tmp_path / "in", max_refused=1.0)
-    refused = (output / "refused.jsonl").read_text()
-    assert "crashed" not in refused and "took too long" not in refused
-    output.rename(tmp_path / "shards")
-    stored = [data for _, data, _ in stored_pictures(tmp_path)]
-    assert len(stored) > 200
-    for data, ours in zip(stored, decoded_by_dali(stored), strict=True):
-        image = Image.open(io.BytesIO(data), formats=["JPEG"])
-        apart = ours.astype(np.int16) - np.asarray(image.convert("RGB"))
-        assert np.abs(apart).max() <= 2

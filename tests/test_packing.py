@@ -3,8 +3,12 @@ import os
 import queue
 import time
 
+import pytest
+
 from pipeline import packing
-from pipeline.packing import IN_HAND
+from pipeline.entry_list import Entry
+from pipeline.packing import IN_HAND, read_picture
+from pipeline.validate import Limits, RefusedError
 
 
 def decode_as_if(number, data, folder, log):
@@ -50,3 +54,10 @@ def test_who_waits_for_a_large_picture_does_not_count_as_slow(tmp_path):
     assert IN_HAND.unpack((tmp_path / "note").read_bytes()) == (7, os.getpid(), float("inf"))
     in_hand.close()
     assert not (tmp_path / "note").exists()
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # a folder's are passed over, but a table can name anything
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(RefusedError, match="not a file"):
+            read_picture(Entry("x.jpg", str(path), 0), Limits())

@@ -1,16 +1,18 @@
-"""Packing full-size photographs: this project's packer against others that write the same files.
+"""Packing pictures: this project's packer against others that write the same files.
 
     python tests/bench/packing.py [PICTURES]
 
 The ImageNet samples of the test data, repeated under distinct names to 5,000 files (or PICTURES) in
-the page cache, in five interleaved rounds on two processes where a side can use two. Prints a JSON
-line for each side: images/s and MB/s as median and range, and GNU tar's time over the side's own.
+the page cache, in five interleaved rounds on two processes where a side can use two; then 100,000
+pictures of CIFAR-10. Prints a JSON line for each side: images/s and MB/s as median and range, and
+its time over GNU tar's.
 
 ``mocostream`` decodes every picture; ``mocostream --no-validate`` looks at headers only; both check
-sums, write the index, fsync and rename, and start their processes within the time measured. GNU
-tar, ShardWriter and MDSWriter do nothing of that; ``GNU tar, synced`` waits for the disk as well.
-``decoding alone`` is the limit of the validating side: the same decoder in two processes, with
-the bytes in memory.
+sums, write the index, fsync and rename, and start their processes within the time measured, in a
+new program for each round. ``make_shards --no-validate`` is the whole program, with its own start
+and imports. GNU tar, ShardWriter and MDSWriter do nothing of that; ``GNU tar, synced`` waits for
+the disk as well. ``decoding alone`` is the limit of the validating side: the same decoder in two
+processes, with the bytes in memory.
 """
 
 import importlib
@@ -60,6 +62,22 @@ def write_pictures(folder: Path, count: int) -> int:
     return size
 
 
+def write_small_pictures(folder: Path, _: int) -> int:
+    """Fill a folder with CIFAR-10's training pictures, twice; their bytes in all."""
+    size = 0
+    with tarfile.open(DATA / "cifar10.tar.gz") as tar:
+        for member in tar:
+            if "/train/" not in member.name or not member.name.endswith(".jpg"):
+                continue
+            data = tar.extractfile(member).read()  # type: ignore[union-attr]
+            path = folder / member.name.split("/")[-2] / Path(member.name).name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            path.with_name(f"again{path.name}").write_bytes(data)
+            size += 2 * len(data)
+    return size
+
+
 def pictures_of(source: Path) -> list[tuple[str, Path, int]]:
     """Key, file and label of every picture."""
     folders = sorted(source.iterdir())
@@ -70,13 +88,28 @@ def pictures_of(source: Path) -> list[tuple[str, Path, int]]:
     ]
 
 
-def mocostream(source: Path, output: Path, *, validate: bool) -> None:
-    """This project's packer, as ``make_shards`` runs it."""
-    form = StoredForm(validate=validate)
-    config = PackConfig(
-        source=str(source), output=output, workers=PROCESSES, shard_mib=SHARD_MIB, form=form
-    )
+def mocostream(source: Path, output: Path, *, validate: bool) -> float:
+    """Seconds of this project's packer in a new program that has imported it."""
+    words = [sys.executable, __file__, "--pack", source, output, *(["validate"] * validate)]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
+def pack_here(source: str, output: str, *validate: str) -> None:
+    """Pack and print the seconds that it took."""
+    form = StoredForm(validate=bool(validate))
+    sizes = {"workers": PROCESSES, "shard_mib": SHARD_MIB}
+    config = PackConfig(source=source, output=Path(output), form=form, **sizes)
+    started = time.perf_counter()
     pack(config, Console(file=io.StringIO()))
+    sys.stdout.write(str(time.perf_counter() - started))
+
+
+def make_shards(source: Path, output: Path) -> None:
+    """The program."""
+    flags = f"--no-validate --workers {PROCESSES} --shard-mib {SHARD_MIB}".split()
+    program = ROOT / "pipeline" / "make_shards.py"
+    words = [sys.executable, program, source, output, *flags]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
 
 def gnu_tar(source: Path, output: Path, *, synced: bool) -> None:
@@ -120,12 +153,13 @@ def decode_all(paths: list[Path]) -> float:
     return time.perf_counter() - started
 
 
-def sides_of(source: Path) -> dict[str, Callable[[Path], None]]:
-    """What is timed; MDSWriter only where it is installed."""
-    sides: dict[str, Callable[[Path], None]] = {
+def sides_of(source: Path) -> dict[str, Callable[[Path], float | None]]:
+    """What is timed, unless it gives its seconds itself; MDSWriter only where it is installed."""
+    sides: dict[str, Callable[[Path], float | None]] = {
         "GNU tar": lambda output: gnu_tar(source, output, synced=False),
         "GNU tar, synced": lambda output: gnu_tar(source, output, synced=True),
         "mocostream --no-validate": lambda output: mocostream(source, output, validate=False),
+        "make_shards --no-validate": lambda output: make_shards(source, output),
         "mocostream": lambda output: mocostream(source, output, validate=True),
         "webdataset ShardWriter": lambda output: shard_writer(source, output),
     }
@@ -153,9 +187,9 @@ def measured(source: Path, folder: Path) -> dict[str, list[float]]:
             for side, work in sides.items():
                 output = folder / "output"
                 started = time.perf_counter()
-                work(output)
+                own = work(output)
                 if number:
-                    seconds[side].append(time.perf_counter() - started)
+                    seconds[side].append(own or time.perf_counter() - started)
                 shutil.rmtree(output)
                 os.sync()
             if number:
@@ -165,14 +199,23 @@ def measured(source: Path, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Time all in turns and print what came out."""
+    if sys.argv[1:2] == ["--pack"]:
+        pack_here(*sys.argv[2:])
+        return
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000
-    if not (DATA / "imagenet_samples.tar").exists():
-        tell({"skipped": f"no imagenet_samples.tar in {DATA}: set MOCO_TEST_DATA"})
+    compare("imagenet_samples.tar", write_pictures, count)
+    compare("cifar10.tar.gz", write_small_pictures, 100_000)
+
+
+def compare(pack_of_data: str, write: Callable[[Path, int], int], count: int) -> None:
+    """Time all sides on one kind of pictures."""
+    if not (DATA / pack_of_data).exists():
+        tell({"skipped": f"no {pack_of_data} in {DATA}: set MOCO_TEST_DATA"})
         return
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "pictures"
         source.mkdir()
-        size = write_pictures(source, count)
+        size = write(source, count)
         seconds = measured(source, Path(name))
     for side, values in seconds.items():
         speeds = sorted(count / value for value in values)
@@ -182,8 +225,8 @@ def main() -> None:
             shares[f"time over {other}"] = round(statistics.median(ratios), 2)
         tell(
             {
+                "pictures": f"{count} of {pack_of_data}",
                 "side": side,
-                "pictures": count,
                 "images_per_second": round(statistics.median(speeds)),
                 "range": [round(speeds[0]), round(speeds[-1])],
                 "mb_per_second": round(statistics.median(speeds) * size / count / 1e6),
