@@ -12,11 +12,13 @@ READY := $(VENV)/.ready-cuda$(CUDA)
 
 setup: $(READY)
 
-# With uv where it is installed, which is faster, else with venv and pip.
+# With uv where it is installed, which is faster, else with venv and pip. Compiled as pip does it:
+# where Python may write no bytecode every start of train.py would take 12 s and not 5.
 $(READY): requirements.txt
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-		uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt; \
+		uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes \
+			-r requirements.txt; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt; \
