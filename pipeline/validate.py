@@ -229,7 +229,7 @@ def _stored_size(width: int, height: int, form: StoredForm) -> tuple[int, int]:
     if not 0 < form.resize < shorter:
         return width, height
     scale = form.resize / shorter
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    return round(width * scale), round(height * scale)
 
 
 def _is_kept(header: PictureHeader, data: bytes, form: StoredForm) -> bool:

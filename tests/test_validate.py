@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from pipeline.program import InputError
@@ -53,6 +54,18 @@ def test_a_baseline_jpeg_keeps_its_bytes(scene, encode, mode):
     accepted = accept(data)
     assert accepted.picture is data
     assert (accepted.width, accepted.height, accepted.change) == (80, 60, "")
+
+
+def test_a_baseline_jpeg_is_kept_without_pillow(scene, encode, monkeypatch):
+    data = encode(scene)
+    monkeypatch.setattr(Image, "open", pytest.fail)
+    assert accept(data).picture is data
+
+
+def test_a_jpeg_in_which_libjpeg_sees_another_size_is_transcoded(scene, encode, monkeypatch):
+    data = encode(scene, **FINE)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda _: (61, 80, "YCbCr", "444"))
+    assert accept(data).change == "was damaged: 80x61 pixels, by another header"
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000"])
@@ -267,6 +280,7 @@ def test_a_picture_can_be_turned_and_resized_at_once(scene, encode):
         (Limits, {"max_pixels": 0}, "--max-pixels 0: give a number of at least 1"),
         (Limits, {"max_side_px": 70_000}, "--max-side-px 70000: a JPEG has at most 65500"),
         (Limits, {"max_aspect": 0.5}, "--max-aspect 0.5: give 0 or"),
+        (StoredForm, {"quality": 0}, "--quality 0: give a number from 1 to 100"),
         (StoredForm, {"quality": 101}, "--quality 101: give a number from 1 to 100"),
         (StoredForm, {"resize": -1}, "--resize -1: give a number of at least 0"),
     ],
@@ -274,3 +288,9 @@ def test_a_picture_can_be_turned_and_resized_at_once(scene, encode):
 def test_a_setting_out_of_range_is_an_input_error(kind, setting, message):
     with pytest.raises(InputError, match=message):
         kind(**setting)
+
+
+def test_a_setting_at_the_end_of_its_range_is_taken():
+    for quality in (1, 100):
+        assert StoredForm(quality=quality).quality == quality
+    assert Limits(max_side_px=65_500, max_aspect=1.0).max_aspect == 1
