@@ -1,5 +1,7 @@
 """The queue against a Python list."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,3 +113,33 @@ def test_a_queue_in_bfloat16_holds_rounded_keys_and_the_loss_is_that_of_them():
     losses = [queue.contrast([(query_ND, -query_ND)], 0.1, None, 0)[0] for queue in (half, whole)]
     torch.testing.assert_close(*losses)
     assert losses[0].dtype == torch.float32
+
+
+def test_no_two_pushes_that_are_on_their_way_write_the_same_row(monkeypatch):
+    on_their_way = []
+
+    def begin(key_ND, out_BD):
+        on_their_way.append(len(out_BD))
+
+        def wait():
+            out_BD.copy_(key_ND)
+            on_their_way.pop(0)
+
+        return wait
+
+    monkeypatch.setattr("model.key_queue.begin_gather", begin)
+    queue, most = KeyQueue(7, 2, seed=0, overlaps=True), 0
+    for step in range(9):
+        queue.push(numbered_keys(3 * step, 3))
+        assert sum(on_their_way) <= 7
+        most = max(most, sum(on_their_way))
+    queue.settle()
+    assert most == 6 and on_their_way == []
+    assert oldest_first(queue) == numbered_keys(20, 7).tolist()
+
+
+def test_a_loss_at_chance_is_the_log_of_the_candidates():
+    queue = KeyQueue(8, 4, seed=0)
+    expected = math.log(queue.candidates(3))
+    loss, _ = queue.contrast([(torch.zeros(3, 4), torch.zeros(3, 4))], 0.1, None, 0)
+    assert loss.item() == pytest.approx(expected)
