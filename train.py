@@ -30,12 +30,12 @@ from eval.meter import Meter
 from eval.plan_report import settings_or_plan
 from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
-from eval.run_folder import find_start, trim_logs, write_settings
 from eval.run_report import RunReport
+from eval.run_start import mirror_of, open_run, refuse_uncopied
 from eval.step_log import StepLog
 from eval.tracking import track
 from eval.weights_source import eval_view_of, start_from, starting_weights
-from model.checkpoint import Checkpoint, CheckpointError
+from model.checkpoint import CheckpointError
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
@@ -105,8 +105,14 @@ def main() -> None:
         total_steps = length_in_steps(config, loader.order)
         for line in introduce(config, accelerator, loader, total_steps, found):
             console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
-        failed = partial(say_not_saved, console)
-        saver = Saver(state, output, keep=config.keep, minutes=config.save_minutes, failed=failed)
+        saver = Saver(
+            state,
+            output,
+            keep=config.keep,
+            minutes=config.save_minutes,
+            failed=partial(say_not_saved, console),
+            copies=mirror_of(config, found, accelerator, console),
+        )
         guard = StepGuard(moco, accelerator.scaler)
         guard.skipped = found.state.get("skipped_steps", 0) if found else 0
         watches = (watch_of(config, accelerator), guard)
@@ -178,7 +184,8 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
                     with watchdog.paused():
                         report_knn(run, report, step)
         report.finish()
-        run.saver.finish()
+        with watchdog.paused():  # a copy may take long
+            run.saver.finish()
     say_the_end(run, step, total_steps, stopped_by, console)
 
 
@@ -194,6 +201,7 @@ def say_the_end(run: Run, step: int, total_steps: int, stopped_by: int, console:
         sys.exit(exit_code(stopped_by))
     line = f"done: {step} steps, checkpoints and curve in {run.output}"
     console.print(line, soft_wrap=True, markup=False, emoji=False)
+    refuse_uncopied(run.config, run.saver.uncopied)
 
 
 def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -372,28 +380,6 @@ def open_log(run: Run, name: str, first_step: int) -> StepLog:
     return StepLog(
         run.output, name, accelerator.process_index, accelerator.num_processes, first_step
     )
-
-
-def open_run(
-    config: TrainConfig,
-    output: Path,
-    manifest_sha256: str,
-    accelerator: Accelerator,
-    console: Console,
-) -> Checkpoint | None:
-    """Find what the run goes on from, if anything, and write its settings into its folder.
-
-    Raises:
-        InputError, CheckpointError, OSError: if the folder or checkpoint cannot be used.
-    """
-    say = partial(console.print, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    found = find_start(config, output, manifest_sha256, say)
-    accelerator.wait_for_everyone()  # before anything is written that is looked for above
-    if accelerator.is_main_process:
-        write_settings(output, config)
-        trim_logs(output, found.step if found else 0)
-    accelerator.wait_for_everyone()
-    return found
 
 
 if __name__ == "__main__":

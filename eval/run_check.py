@@ -19,6 +19,7 @@ from pipeline.loader import PairLoader
 from pipeline.order import Order
 from pipeline.program import InputError
 from pipeline.shard_store import ShardStore
+from pipeline.writable_folder import writable_location
 
 
 def require_output(config: TrainConfig) -> Path:
@@ -42,6 +43,8 @@ def check(config: TrainConfig) -> str:
         InputError, EncoderError: naming what is wrong.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.mirror:
+        writable_location(config.mirror)
     store = open_store(config.data)
     order = make_order(store, config.data, config.batch, config.seed)
     check_order(config, order, world)

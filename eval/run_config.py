@@ -22,7 +22,7 @@ from pipeline.settings import from_plain, to_plain
 # Settings that a resumed run may have otherwise than it started with: where things lie, what is
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
-    *("resume", "output", "log_every", "log_samples", "health_every", "max_skipped"),
+    *("resume", "output", "mirror", "log_every", "log_samples", "health_every", "max_skipped"),
     *("save_every", "save_minutes", "keep", "hang_seconds"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *("compile", "channels_last"),
@@ -62,9 +62,13 @@ class TrainConfig:
     """Of weights, order, views, queue and shuffle."""
     output: Path | None = None
     """Folder of the run: new, or one to go on with by --resume."""
+    mirror: str | None = None
+    """Copy each checkpoint and the logs there too, to s3://BUCKET/FOLDER or gs://..., of this run
+    alone; --resume on a machine without the folder goes on from there."""
     resume: str | None = None
-    """Go on: with no value after the newest intact checkpoint in --output, with auto likewise or
-    from the start if there is none, or with the path of a checkpoint or run after that one."""
+    """Go on: with no value after the newest intact checkpoint in --output or --mirror, with auto
+    likewise or from the start if there is none, or with the path or URL of a checkpoint or run
+    after that one."""
     log_every: int = 10
     """Steps between reports."""
     health_every: int = 5

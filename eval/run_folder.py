@@ -3,21 +3,29 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.environment import environment
+from eval.remote_checkpoints import RemoteCheckpoints
 from eval.run_config import MAY_CHANGE, TrainConfig
 from eval.run_report import LOG_NAME, trim_log
+from eval.step_log import rank_of
 from model.checkpoint import (
     MANIFEST_NAME,
     Checkpoint,
+    CheckpointError,
     checkpoint_folders,
+    first_intact,
+    folder_name,
     load_checkpoint,
     newest_checkpoint,
+    step_in,
 )
 from model.schedule import scaled_lr
+from pipeline.location import as_location, is_url
 from pipeline.program import InputError
 from pipeline.settings import flat, to_plain
 from pipeline.shard_format import atomic_file
@@ -31,45 +39,96 @@ RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 SHOWN_DIFFERENCES = 4
 
 
-def find_start(
-    config: TrainConfig, output: Path, manifest_sha256: str, say: Callable[..., None]
-) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, None for its first step; nothing is written.
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for, as far as finding its start goes."""
 
-    A run that has a checkpoint in its own folder goes on from the newest intact one of them when
-    a launcher has started it again, whatever --resume says.
+    config: TrainConfig
+    output: Path
+    manifest_sha256: str
+    """Identity of the data set."""
+    mirror: RemoteCheckpoints | None = None
+    """Copies of the run's checkpoints."""
+
+
+def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, None for its first step.
+
+    A run that has a checkpoint in its own folder or mirror goes on from the newest intact one of
+    them when a launcher has started it again, whatever --resume says. One that is not in the folder
+    is fetched into it; nothing else is written.
 
     Args:
-        config: the settings asked for.
-        output: folder of the run.
-        manifest_sha256: identity of the data set asked for.
+        asked: what is asked for.
         say: prints a line; takes ``style``.
 
     Raises:
-        InputError: if the folder holds a run and nothing says to go on with it, or the checkpoint
-            belongs to another run.
+        InputError: if the folder or mirror holds a run and nothing says to go on with it, the
+            checkpoint belongs to another run, or a store does not serve.
         CheckpointError: if there is nothing to resume from.
     """
-    has_checkpoints = bool(checkpoint_folders(output))
+    output, resume = asked.output, asked.config.resume
+    copies = asked.mirror.steps() if asked.mirror else []
+    has_checkpoints = bool(checkpoint_folders(output) or copies)
     holds_run = has_checkpoints or (output / LOG_NAME).exists()
-    resume = config.resume
     if is_restart() and (holds_run or resume in (None, NEWEST)):
         resume = IF_ANY
     if resume is None:
         if holds_run:
+            has_local = checkpoint_folders(output) or (output / LOG_NAME).exists()
+            place = output if has_local or not asked.mirror else asked.mirror.url
             raise InputError(
-                f"{output} holds a run already: add --resume to go on, or choose another"
+                f"{place} holds a run already: add --resume to go on, or choose another"
             )
         return None
-    if resume in (NEWEST, IF_ANY):
-        if not has_checkpoints and (holds_run or resume == IF_ANY):
-            if holds_run:
-                say(f"{output} has no checkpoint yet: starting at the first step")
-            return None
-        found = newest_checkpoint(output, partial(say, style="yellow"))
+    if resume not in (NEWEST, IF_ANY):
+        found = checkpoint_at(resume, asked, copies, say)
+    elif has_checkpoints or not (holds_run or resume == IF_ANY):
+        found = newest_of(asked, copies, say)
     else:
-        found = checkpoint_at(Path(resume), output, partial(say, style="yellow"))
-    refuse_other_run(config, found, manifest_sha256)
+        if holds_run:
+            say(f"{output} has no checkpoint yet: starting at the first step")
+        return None
+    refuse_other_run(asked, found.state, str(found.folder))
+    return found
+
+
+def newest_of(asked: Asked, copies: list[int], say: Callable[..., None]) -> Checkpoint:
+    """The newest intact checkpoint of a run, in its folder or, where it is not there, its mirror.
+
+    Raises:
+        CheckpointError: if there is none.
+        InputError: if the mirror's belong to another run, or it does not serve.
+    """
+    warn = partial(say, style="yellow")
+    if asked.mirror is None or not copies:
+        return newest_checkpoint(asked.output, warn)
+    places: list[tuple[int, bool, Callable[[], Checkpoint]]] = [
+        (step, True, partial(load_checkpoint, folder))
+        for step, folder in checkpoint_folders(asked.output)
+    ]
+    places += [(step, False, partial(fetched, asked.mirror, step, asked, say)) for step in copies]
+    places.sort(key=lambda place: place[:2], reverse=True)  # of the same step the folder first
+    where = f"{asked.output} and {asked.mirror.url}"
+    return first_intact([load for *_, load in places], warn, where)
+
+
+def fetched(
+    remote: RemoteCheckpoints, step: int, asked: Asked, say: Callable[..., None]
+) -> Checkpoint:
+    """A checkpoint below a URL, brought into the folder of the run; its logs too, from the mirror.
+
+    Raises:
+        CheckpointError: if it is damaged.
+        InputError: if it belongs to another run, or the store does not serve.
+    """
+    head = remote.head(step)
+    refuse_other_run(asked, head.state, head.where)
+    mebibytes = sum(entry.bytes for entry in head.files.values()) / 2**20
+    say(f"fetching {head.where} ({mebibytes:,.1f} MiB)")
+    found = load_checkpoint(remote.fetch(head, asked.output))
+    if asked.mirror is not None and remote.url == asked.mirror.url:
+        remote.fetch_logs(asked.output)
     return found
 
 
@@ -78,42 +137,106 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
 
 
-def checkpoint_at(path: Path, output: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint in ``path``, or the newest intact one of the run in ``path``.
+def checkpoint_at(
+    place: str, asked: Asked, copies: list[int], say: Callable[..., None]
+) -> Checkpoint:
+    """The checkpoint in ``place``, or the newest intact one of the run in ``place``.
 
     Raises:
-        InputError: if the run's own folder holds later ones, which would be taken for its newest.
+        InputError: if the run's own folder or mirror holds later ones, which would be taken for its
+            newest; or a store does not serve.
         CheckpointError: if there is none.
     """
+    if is_url(place):
+        return checkpoint_below(as_location(place), asked, copies, say)
+    path = Path(place)
     if not path.is_dir():
         raise InputError(
             f"--resume {path} is no folder: give a checkpoint, a run, or nothing for the newest "
             "checkpoint in --output"
         )
     is_one = (path / MANIFEST_NAME).exists() or path.name.startswith("step-")
+    warn = partial(say, style="yellow")
     found = load_checkpoint(path) if is_one else newest_checkpoint(path, warn)
-    later = [folder for step, folder in checkpoint_folders(output) if step > found.step]
-    if later:
-        raise InputError(
-            f"--resume {path} is older than {later[-1]}: give another --output, or remove the "
-            "later checkpoints first"
-        )
+    refuse_before_later(place, found.step, asked, copies)
     return found
 
 
-def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: str) -> None:
+def checkpoint_below(
+    url: Path | str, asked: Asked, copies: list[int], say: Callable[..., None]
+) -> Checkpoint:
+    """Likewise for a URL; it is fetched into the folder of the run.
+
+    Raises:
+        InputError, CheckpointError: as ``checkpoint_at``.
+    """
+    remote, step = below(str(url))
+
+    def load(step: int) -> Checkpoint:
+        refuse_before_later(str(url), step, asked, copies)
+        return fetched(remote, step, asked, say)
+
+    if step is not None:
+        return load(step)
+    steps = remote.steps()
+    if not steps:
+        raise CheckpointError(f"{url} holds no checkpoint: give the URL of a run, or start one")
+    places = [partial(load, step) for step in reversed(steps)]
+    return first_intact(places, partial(say, style="yellow"), str(url))
+
+
+def below(url: str) -> tuple[RemoteCheckpoints, int | None]:
+    """The run whose URL, or that of one of its checkpoints, this is; and the step of that one."""
+    run, _, name = url.rpartition("/")
+    step = step_in(name)
+    return RemoteCheckpoints(url if step is None else run), step
+
+
+def source_of(asked: Asked) -> RemoteCheckpoints | None:
+    """Where the checkpoint that a run goes on from can be fetched, if anywhere."""
+    resume = asked.config.resume
+    return below(str(as_location(resume)))[0] if resume and is_url(resume) else asked.mirror
+
+
+def refuse_before_later(place: str, step: int, asked: Asked, copies: list[int]) -> None:
+    """See that a run holds no later checkpoints than the one that it is to go on from.
+
+    Raises:
+        InputError: naming the latest.
+    """
+    later = [str(folder) for number, folder in checkpoint_folders(asked.output) if number > step]
+    if asked.mirror and copies and copies[-1] > step:
+        later.append(f"{asked.mirror.url}/{folder_name(copies[-1])}")
+    if later:
+        raise InputError(
+            f"--resume {place} is older than {later[-1]}: give another --output, or remove the "
+            "later checkpoints first"
+        )
+
+
+def refuse_other_run(asked: Asked, state: dict[str, Any], where: str) -> None:
     """See that a checkpoint belongs to the run that is asked for.
+
+    Args:
+        asked: what is asked for.
+        state: the checkpoint's plain values.
+        where: it lies, for the message.
 
     Raises:
         InputError: naming what differs.
+        CheckpointError: if it does not say whose it is.
     """
-    was = found.state["data"]["manifest_sha256"]
-    if was != manifest_sha256:
+    try:
+        was, before = state["data"]["manifest_sha256"], flat(state["config"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where} is not a checkpoint of this program") from error
+    config = asked.config
+    if was != asked.manifest_sha256:
         raise InputError(
-            f"{found.folder} was trained on data set {was[:12]}, {config.data.shards} is "
-            f"{manifest_sha256[:12]}: give the same shards, or start a new run"
+            f"{where} was trained on data set {was[:12]}, {config.data.shards} is "
+            f"{asked.manifest_sha256[:12]}: give the same shards, or start a new run"
         )
-    before, now = flat(found.state["config"]), flat(to_plain(config))
+    now = flat(to_plain(config))
     if (lr_batch := before.get("optimiser.lr_batch")) is not None:  # of a run of an older version
         lr = scaled_lr(before["optimiser.lr"], before["batch"], lr_batch)
         before |= {"optimiser.lr": lr, "optimiser.lr_batch": None}
@@ -126,7 +249,7 @@ def refuse_other_run(config: TrainConfig, found: Checkpoint, manifest_sha256: st
         rest = len(other) - SHOWN_DIFFERENCES
         more = f"; and {rest} more" if rest > 0 else ""
         raise InputError(
-            f"{found.folder} was trained with {'; '.join(other[:SHOWN_DIFFERENCES])}{more}: use "
+            f"{where} was trained with {'; '.join(other[:SHOWN_DIFFERENCES])}{more}: use "
             "the same, or start a new run in another --output"
         )
 
@@ -142,10 +265,14 @@ def write_settings(output: Path, config: TrainConfig) -> None:
     write_plain(output / ENVIRONMENT_NAME, environment())
 
 
-def trim_logs(output: Path, step: int) -> None:
-    """Drop bad samples that were met after ``step`` steps, also by ranks that are no more."""
+def trim_logs(output: Path, step: int, rank: int, world: int) -> None:
+    """Drop bad samples that this process met after ``step`` steps.
+
+    The first process drops those of ranks that are no more, too.
+    """
     for log in output.glob("quarantine-*.jsonl"):
-        trim_log(log, step - 1)  # its steps count from 0
+        if rank_of(log) == rank or (rank == 0 and rank_of(log) >= world):
+            trim_log(log, step - 1)  # its steps count from 0
 
 
 def write_plain(path: Path, content: dict[str, Any]) -> None:

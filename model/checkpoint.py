@@ -12,8 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,21 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
 def save_checkpoint(
     run: Path,
     step: int,
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int = 3,
+    spared: frozenset[Path] = frozenset(),
 ) -> Path:
     """Write ``run/step-NNNNNNNNN`` and remove the oldest beyond ``keep`` (at least 2).
 
@@ -56,11 +66,12 @@ def save_checkpoint(
         tensors: for each file name (without ending) its tensors by name.
         state: plain values, written as JSON.
         keep: how many checkpoints stay.
+        spared: folders that stay beside them, because somebody reads them.
 
     Raises:
         OSError: if it cannot be written; older checkpoints are untouched and no part is left.
     """
-    final = run / f"step-{step:09d}"
+    final = run / folder_name(step)
     part = run / f".step-{step:09d}.part"
     require_space(run, tensors)
     for left_by_a_kill in run.glob(".step-*.part"):
@@ -89,8 +100,20 @@ def save_checkpoint(
     # Later ones are damaged, or this step would have been resumed from them: they do not count.
     done = [folder for number, folder in checkpoint_folders(run) if number <= step]
     for old in done[: -max(keep, 2)]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old not in spared:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:09d}"
+
+
+def step_in(name: str) -> int | None:
+    """The step in the name of a checkpoint; None for another name."""
+    match = FOLDER_PATTERN.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def require_space(run: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -124,8 +147,8 @@ def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
     """``(step, folder)`` of every finished checkpoint of a run, the oldest first."""
     if not run.is_dir():
         return []
-    found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    found = [(step_in(path.name), path) for path in run.iterdir() if path.is_dir()]
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -135,13 +158,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: if it is none, is damaged, or was written by another version.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        files = manifest["files"]
-        if manifest["version"] != CHECKPOINT_VERSION:
-            raise CheckpointError(
-                f"{folder} has checkpoint version {manifest['version']}, this program reads "
-                f"{CHECKPOINT_VERSION}"
-            )
+        files = parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder))
         unknown = {path.name for path in folder.iterdir()} - {*files, MANIFEST_NAME}
         if unknown:
             raise CheckpointError(
@@ -149,9 +166,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 "checkpoint of ours has safetensors and JSON only, remove what is not of it"
             )
         for name, entry in files.items():
-            if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
-                raise CheckpointError(f"{folder} lists {name!r}, which no checkpoint of ours has")
-            if file_sha256(folder / name) != entry["sha256"]:
+            if file_sha256(folder / name) != entry.sha256:
                 raise CheckpointError(f"{folder / name} is damaged: its checksum differs")
         tensors = {
             Path(name).stem: load_file(folder / name)
@@ -172,6 +187,38 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} holds unreadable tensors ({error})") from error
 
 
+def parse_manifest(content: bytes, where: str) -> dict[str, FileEntry]:
+    """The files of a checkpoint by name, which its manifest lists.
+
+    Args:
+        content: of the manifest.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: if it is none, was written by another version, or lists a file that no
+            checkpoint of ours has.
+    """
+    try:
+        manifest = json.loads(content)
+        if manifest["version"] != CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{where} has checkpoint version {manifest['version']}, this program reads "
+                f"{CHECKPOINT_VERSION}"
+            )
+        files = {
+            name: FileEntry(int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a checkpoint of this program ({error})") from error
+    for name in files:
+        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
+            raise CheckpointError(f"{where} lists {name!r}, which no checkpoint of ours has")
+    return files
+
+
 def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint of a run that verifies.
 
@@ -183,14 +230,31 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint:
         CheckpointError: if there is none.
     """
     folders = checkpoint_folders(run)
-    for _, folder in reversed(folders):
-        try:
-            return load_checkpoint(folder)
-        except CheckpointError as error:
-            warn(f"{error}; falling back to the checkpoint before it")
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint: give the folder of a run, or start one")
-    raise CheckpointError(f"none of the {len(folders)} checkpoints in {run} is intact")
+    places = [partial(load_checkpoint, folder) for _, folder in reversed(folders)]
+    return first_intact(places, warn, str(run))
+
+
+def first_intact(
+    places: Sequence[Callable[[], Checkpoint]], warn: Callable[[str], None], where: str
+) -> Checkpoint:
+    """The first checkpoint that can be loaded.
+
+    Args:
+        places: each loads one, or raises a CheckpointError.
+        warn: told of each that had to be passed over.
+        where: they lie, for the message.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for load in places:
+        try:
+            return load()
+        except CheckpointError as error:
+            warn(f"{error}; falling back to the checkpoint before it")
+    raise CheckpointError(f"none of the {len(places)} checkpoints in {where} is intact")
 
 
 def file_sha256(path: Path) -> str:

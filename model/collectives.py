@@ -144,6 +144,25 @@ def _summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first(text: str, device: torch.device) -> str:
+    """What the first rank says, on every rank.
+
+    Args:
+        text: of the first rank; that of the others does not matter.
+        device: that the ranks talk over.
+    """
+    if not is_distributed():
+        return text
+    said = text.encode()
+    size = torch.tensor([len(said)], device=device)
+    dist.broadcast(size, 0)
+    letters = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        letters.copy_(torch.tensor(list(said), dtype=torch.uint8))
+    dist.broadcast(letters, 0)
+    return bytes(letters.tolist()).decode()
+
+
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, in place."""
     if is_distributed():

@@ -8,10 +8,27 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from model.checkpoint import save_checkpoint
 from model.run_state import RunState, Snapshot
+
+
+class Copies(Protocol):
+    """Takes finished checkpoints to another place, in its own time."""
+
+    def take(self, folder: Path) -> None:
+        """Copy this one next."""
+
+    def in_hand(self) -> frozenset[Path]:
+        """Folders that must stay until they are copied."""
+
+    def finish(self) -> None:
+        """Wait for the last copy."""
+
+    @property
+    def uncopied(self) -> Path | None:
+        """The last folder taken, if it could not be copied."""
 
 
 class Saver:
@@ -23,6 +40,7 @@ class Saver:
         keep: checkpoints that stay.
         minutes: time between two saves after which ``is_wanted`` says so; 0 for never.
         failed: told of a save that could not be written, and why; called from the thread.
+        copies: takes each checkpoint elsewhere, once it stands.
     """
 
     def __init__(
@@ -33,12 +51,14 @@ class Saver:
         keep: int,
         minutes: float,
         failed: Callable[[int, OSError], None],
+        copies: Copies | None = None,
     ) -> None:
         self._state = state
         self._run = run
         self._keep = keep
         self._minutes = minutes
         self._failed = failed
+        self._copies = copies
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._last = time.monotonic()
@@ -66,8 +86,13 @@ class Saver:
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
             self._thread.start()
 
+    @property
+    def uncopied(self) -> Path | None:
+        """The last checkpoint, after ``finish``, if it could not be copied."""
+        return self._copies.uncopied if self._copies else None
+
     def finish(self) -> None:
-        """Wait for the last save.
+        """Wait for the last save and its copy.
 
         Raises:
             OSError: if it could not be written.
@@ -75,6 +100,8 @@ class Saver:
         self._join()
         if self._error is not None:
             raise self._error
+        if self._copies:
+            self._copies.finish()
 
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -86,7 +113,11 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            save_checkpoint(self._run, snapshot.step, snapshot.tensors, snapshot.state, self._keep)
+            spared = self._copies.in_hand() if self._copies else frozenset()
+            what = snapshot.step, snapshot.tensors, snapshot.state
+            folder = save_checkpoint(self._run, *what, self._keep, spared)
+            if self._copies:
+                self._copies.take(folder)
         except OSError as error:
             self._error = error
             self._failed(snapshot.step, error)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
@@ -29,6 +28,8 @@ T = TypeVar("T")
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 8  # of one file
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "GOOGLE_BASE_URL")
+# Where a client looks for credentials when the environment has none.
+MACHINES_OWN_CREDENTIALS = ("/latest/api/token", "//169.254.169.254/", "/computeMetadata/")
 
 
 class RemoteError(Exception):
@@ -37,6 +38,10 @@ class RemoteError(Exception):
 
 class RefusedError(RemoteError):
     """The server says no, and would say so again."""
+
+
+class DamagedError(RefusedError):
+    """The server serves, but the file is not there, or is not the one that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,28 @@ class Counters:
     """How long readers waited for shards that were not there yet."""
 
 
+def open_store(url: str, policy: RetryPolicy, own_retries: int = 0) -> Any:
+    """The client for the files below a URL; nothing is asked yet.
+
+    Args:
+        url: of a folder.
+        policy: how long one request may take.
+        own_retries: of the client, for each request.
+    """
+    address = http_form(url)
+    has_http_endpoint = any(os.environ.get(n, "").startswith("http://") for n in ENDPOINTS)
+    options: dict[str, Any] = {
+        "connect_timeout": timedelta(seconds=policy.connect_s),
+        "read_timeout": timedelta(seconds=policy.stalled_s),
+        "timeout": timedelta(seconds=policy.request_s),
+        "allow_http": address.startswith("http://") or has_http_endpoint,
+    }
+    if url.startswith("hf://") and (token := get_token()):
+        options["default_headers"] = {"authorization": f"Bearer {token}"}
+    retry: Any = {"max_retries": own_retries, "retry_timeout": timedelta(seconds=policy.request_s)}
+    return from_url(address, client_options=options, retry_config=retry)  # type: ignore[call-overload]
+
+
 class RemoteFolder:
     """The files below one URL."""
 
@@ -82,18 +109,7 @@ class RemoteFolder:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._is_down = False
-        address = http_form(url)
-        has_http_endpoint = any(os.environ.get(n, "").startswith("http://") for n in ENDPOINTS)
-        options: dict[str, Any] = {
-            "connect_timeout": timedelta(seconds=policy.connect_s),
-            "read_timeout": timedelta(seconds=policy.stalled_s),
-            "timeout": timedelta(seconds=policy.request_s),
-            "allow_http": address.startswith("http://") or has_http_endpoint,
-        }
-        if url.startswith("hf://") and (token := get_token()):
-            options["default_headers"] = {"authorization": f"Bearer {token}"}
-        retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=policy.request_s)}
-        self._store = from_url(address, client_options=options, retry_config=retry)  # type: ignore[call-overload]
+        self._store = open_store(url, policy)
         self._turn = threading.Condition()
         self._asked: Counter[str] = Counter()
         self._running: Counter[str] = Counter()
@@ -134,15 +150,24 @@ class RemoteFolder:
         with self._turn:
             self._turn.wait_for(is_free)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit_bytes: int | None = None) -> bytes:
         """A small file.
+
+        Args:
+            name: below the URL.
+            limit_bytes: of a larger one no byte is read.
 
         Raises:
             RemoteError: if it cannot be had.
         """
 
         def once() -> bytes:
-            data = bytes(obstore.get(self._store, name).bytes())
+            answer = obstore.get(self._store, name)
+            if limit_bytes is not None and answer.meta["size"] > limit_bytes:
+                raise DamagedError(
+                    f"{self.url}/{name} has {answer.meta['size']} bytes, more than {limit_bytes}"
+                )
+            data = bytes(answer.bytes())
             self._count(len(data))
             return data
 
@@ -166,13 +191,17 @@ class RemoteFolder:
         found = self._insist("", lambda: obstore.list_with_delimiter(self._store))
         return sorted((m["path"], m["size"], _version(m)) for m in found["objects"])
 
-    def write(self, name: str, path: Path) -> None:
-        """Put a local file there under this name; it appears whole or not at all.
+    def tree(self) -> dict[str, int]:
+        """Sizes of all files below the URL, by name.
 
         Raises:
-            RemoteError: if it cannot be written.
+            RemoteError: if they cannot be listed.
         """
-        self._insist(name, lambda: obstore.put(self._store, name, path))
+
+        def once() -> dict[str, int]:
+            return {m["path"]: m["size"] for page in obstore.list(self._store) for m in page}
+
+        return self._insist("", once)
 
     def download(self, name: str, size: int, sha256: str, handle: int) -> None:
         """Fill an open file with a remote one.
@@ -218,7 +247,7 @@ class RemoteFolder:
                 for part in parts:
                     part.cancel()
         if sha256 and _sha256(handle, size) != sha256:
-            raise RemoteError(f"{self.url}/{name}: its sha256 is not that of the manifest")
+            raise _OtherBytesError(f"{self.url}/{name}: its sha256 is not that of the manifest")
 
     def _part_once(
         self, name: str, span: tuple[int, int, int], handle: int, versions: set[tuple[Any, ...]]
@@ -227,7 +256,7 @@ class RemoteFolder:
         answer = obstore.get(self._store, name, options={"range": (start, end)})
         meta = answer.meta
         if meta["size"] != size:
-            raise RefusedError(
+            raise DamagedError(
                 f"{self.url}/{name} has {meta['size']} bytes, the manifest says {size}"
             )
         versions.add((meta.get("e_tag"), meta.get("version"), meta.get("last_modified")))
@@ -262,7 +291,9 @@ class RemoteFolder:
             except RefusedError:
                 raise
             except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
-                raise RefusedError(f"{self.url}/{name}: {_first_line(error)}") from error
+                is_gone = isinstance(error, FileNotFoundError)
+                kind = DamagedError if is_gone else RefusedError
+                raise kind(f"{self.url}/{name}: {_first_line(error)}") from error
             except (BaseError, RemoteError) as error:
                 problem = error
             else:
@@ -275,9 +306,11 @@ class RemoteFolder:
                     raise RefusedError("closed") from problem
         if self._stopping.is_set():
             raise RefusedError("closed") from problem
-        self._is_down = True
+        is_damaged = isinstance(problem, _OtherBytesError)
+        self._is_down = not is_damaged
         reason = str(problem) if isinstance(problem, RemoteError) else _first_line(problem)
-        raise RefusedError(f"{reason} (tried {attempts} times)") from problem
+        refusal = DamagedError if is_damaged else RefusedError
+        raise refusal(f"{reason} (tried {attempts} times)") from problem
 
     def _count(self, size: int) -> None:
         with self._lock:
@@ -288,9 +321,15 @@ class _ChangedError(RefusedError):
     """The parts are not all of one version: no part alone can help."""
 
 
+class _OtherBytesError(RemoteError):
+    """The server serves, but not the bytes that were asked for."""
+
+
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = str(error).splitlines() or [type(error).__name__]
+    if any(place in lines[0] for place in MACHINES_OWN_CREDENTIALS):
+        return "no credentials: neither the environment nor this machine's own service has any"
+    return lines[0]
 
 
 def _sha256(handle: int, size: int) -> str:

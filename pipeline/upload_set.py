@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.location import as_location
 from pipeline.program import InputError
-from pipeline.remote_folder import Counters, RemoteError, RemoteFolder, RetryPolicy
+from pipeline.remote_folder import RemoteError, RemoteFolder, RetryPolicy
 from pipeline.shard_format import MANIFEST_NAME, index_name, read_manifest
-
-WRITABLE = ("s3://", "gs://")
+from pipeline.writable_folder import WritableFolder
 
 
 def upload(folder: Path, url: str) -> Iterator[Path]:
@@ -21,10 +19,7 @@ def upload(folder: Path, url: str) -> Iterator[Path]:
     manifest = read_manifest(folder)
     if manifest.tars:
         raise InputError(f"{folder}: its tars are at {manifest.tars}: upload them with its files")
-    location = as_location(url)
-    if not isinstance(location, str) or not location.startswith(WRITABLE):
-        raise InputError(f"{url}: give s3:// or gs://, a bucket and a folder")
-    remote = RemoteFolder(location, RetryPolicy(), Counters())
+    remote = WritableFolder(url, RetryPolicy())
     names = [name for shard in manifest.shards for name in (shard.name, index_name(shard.name))]
     names += sorted(path.name for path in folder.glob("*.jsonl"))
     try:

@@ -209,6 +209,36 @@ def flip_bit():
 
 
 @pytest.fixture(scope="session")
+def s3_address():
+    """Host and port of an S3 server on loopback."""
+    from tests.s3_server import running_s3  # here, as moto takes a second to import
+
+    with running_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address):
+    """An empty bucket of the name ``bucket``, which the environment leads to."""
+    from tests.s3_server import Bucket, environment_of
+
+    found = Bucket(s3_address, "bucket")
+    with environment_of(found.url):
+        yield found
+    found.client.close()
+
+
+@pytest.fixture
+def store_proxy(bucket):
+    """The way to the bucket, which a test may disturb; see ``fault_proxy``."""
+    from tests.fault_proxy import proxy_to
+    from tests.s3_server import environment_of
+
+    with proxy_to(*bucket.address) as running, environment_of(running.url):
+        yield running
+
+
+@pytest.fixture(scope="session")
 def test_data():
     """The folder of real picture packs."""
     folder = Path(os.environ.get("MOCO_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -2,6 +2,7 @@
 
 ``proxy.fault`` is called with the number of the request and its path and returns None or one of:
 ``("status", 503)``, ``("cut", bytes)``, ``("slow", seconds)``, ``("etag", text)``, ``("drop",)``.
+``proxy.write_fault`` likewise for requests that change something, whose body ``("flip",)`` damages.
 """
 
 import http.client
@@ -20,6 +21,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.target, self.fault = target, lambda *_: None
         self.requests, self.count_lock = [], threading.Lock()
+        self.write_fault, self.writes = lambda *_: None, []
         self.port = self.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -39,11 +41,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.pass_on("HEAD")
 
-    def pass_on(self, method):
-        with self.server.count_lock:
-            number = len(self.server.requests)
-            self.server.requests.append((self.path, self.headers.get("Range")))
-        fault = self.server.fault(number, self.path) or ("none",)
+    def do_PUT(self):
+        self.pass_on("PUT", is_write=True)
+
+    def do_POST(self):
+        self.pass_on("POST", is_write=True)
+
+    def do_DELETE(self):
+        self.pass_on("DELETE", is_write=True)
+
+    def pass_on(self, method, is_write=False):
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server = self.server
+        requests, faults = server.requests, server.fault
+        if is_write:
+            requests, faults = server.writes, server.write_fault
+        with server.count_lock:
+            number = len(requests)
+            requests.append((self.path, method if is_write else self.headers.get("Range")))
+        fault = faults(number, self.path) or ("none",)
         self.close_connection = fault[0] in ("cut", "drop")
         if fault[0] == "drop":
             return
@@ -53,7 +69,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         upstream = http.client.HTTPConnection(*self.server.target)
-        upstream.request(method, self.path, headers=dict(self.headers))
+        if fault[0] == "flip" and sent:
+            sent = bytes([sent[0] ^ 1]) + sent[1:]
+        upstream.request(method, self.path, body=sent or None, headers=dict(self.headers))
         answer = upstream.getresponse()
         body = answer.read()
         upstream.close()

@@ -56,16 +56,34 @@ def free_port() -> int:
 
 
 class Life:
-    """The processes of one start of a run; what they print goes to ``RUN.RANK.log``."""
+    """The processes of one start of a run; what they print goes to ``RUN.RANK.log``.
 
-    def __init__(self, run: Path, shards: Path, steps: int, world: int = 2) -> None:
+    Args:
+        run: its folder.
+        shards: what it trains on.
+        steps: length of the run.
+        world: number of processes.
+        mirror: URL for copies of the checkpoints; each process is then a machine of its own, with
+            the folder ``RUN.RANK``.
+    """
+
+    def __init__(
+        self, run: Path, shards: Path, steps: int, world: int = 2, mirror: str = ""
+    ) -> None:
         self.run = run
         self._world = world
         self._port = free_port()
-        words = [*FLAGS, "--data.shards", str(shards), "--output", str(run), "--steps", str(steps)]
-        if run.exists():
+        words = [*FLAGS, "--data.shards", str(shards), "--steps", str(steps)]
+        if mirror:
+            words += ["--mirror", mirror, "--resume", "auto"]
+        elif run.exists():
             words.append("--resume")
+        self._machines = world if mirror else 1
         self._pids = [self._start(rank, words) for rank in range(world)]
+
+    def folder(self, rank: int) -> Path:
+        """The folder of a process."""
+        return self.run if self._machines == 1 else self.run.with_name(f"{self.run.name}.{rank}")
 
     def _start(self, rank: int, words: list[str]) -> int:
         log = os.open(f"{self.run}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -79,13 +97,13 @@ class Life:
             os.dup2(log, 2)
             os.environ |= {
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "LOCAL_RANK": str(rank // self._machines),
                 "WORLD_SIZE": str(self._world),
-                "LOCAL_WORLD_SIZE": str(self._world),
+                "LOCAL_WORLD_SIZE": str(self._world // self._machines),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self._port),
             }
-            sys.argv = ["train.py", *words]
+            sys.argv = ["train.py", *words, "--output", str(self.folder(rank))]
             run_program(train.main, (train.CheckpointError, train.EncoderError))
             code = 0
         except SystemExit as end:

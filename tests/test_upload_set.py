@@ -1,6 +1,4 @@
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.program import InputError
 from pipeline.shard_cache import GIB, CacheConfig
@@ -8,39 +6,11 @@ from pipeline.shard_store import ShardStore
 from pipeline.upload_set import upload
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An S3 server on loopback with an empty bucket; its client."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", address),
-    ):
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
-    client.create_bucket(Bucket="upload")
-    for name in names_in(client):  # moto's servers of one process share their buckets
-        client.delete_object(Bucket="upload", Key=name)
-    yield client
-    client.close()
-    server.stop()
-
-
-def names_in(client):
-    found = client.list_objects_v2(Bucket="upload").get("Contents", [])
-    return [item["Key"] for item in found]
-
-
 @pytest.mark.usefixtures("bucket")
 def test_an_uploaded_set_is_read_back_from_there(shard_set, tmp_path, clean_pictures):
-    names = [path.name for path in upload(shard_set, "s3://upload/my/set")]
+    names = [path.name for path in upload(shard_set, "s3://bucket/my/set")]
     assert names[-1] == "manifest.json" and len(names) == 7
-    store = ShardStore("s3://upload/my/set", CacheConfig(folder=tmp_path, gib=10_000_000 / GIB))
+    store = ShardStore("s3://bucket/my/set", CacheConfig(folder=tmp_path, gib=10_000_000 / GIB))
     assert store.manifest.sha256 == ShardStore(shard_set).manifest.sha256
     found = [store.picture(0, index).tobytes() for index in range(9)]
     assert found == clean_pictures[:9]
@@ -48,22 +18,22 @@ def test_an_uploaded_set_is_read_back_from_there(shard_set, tmp_path, clean_pict
 
 
 def test_a_half_has_no_manifest_and_the_same_set_can_follow(bucket, shard_set):
-    going = upload(shard_set, "s3://upload/set")
+    going = upload(shard_set, "s3://bucket/set")
     for _ in range(3):
         next(going)
     going.close()
-    assert len(names_in(bucket)) == 3 and "set/manifest.json" not in names_in(bucket)
+    assert len(bucket.names()) == 3 and "set/manifest.json" not in bucket.names()
     for _ in range(2):  # also when it is finished
-        assert len(list(upload(shard_set, "s3://upload/set"))) == 7
-    assert len(names_in(bucket)) == 7
+        assert len(list(upload(shard_set, "s3://bucket/set"))) == 7
+    assert len(bucket.names()) == 7
 
 
 @pytest.mark.usefixtures("bucket")
 def test_another_set_is_not_overwritten(shard_set, tmp_path, clean_pictures, pack_set):
-    list(upload(shard_set, "s3://upload/set"))
+    list(upload(shard_set, "s3://bucket/set"))
     other = pack_set(tmp_path / "other", clean_pictures, (40,))
     with pytest.raises(InputError, match="already holds another set"):
-        list(upload(other, "s3://upload/set"))
+        list(upload(other, "s3://bucket/set"))
 
 
 @pytest.mark.usefixtures("bucket")

@@ -1,0 +1,210 @@
+"""Checkpoints of a run below a URL: which there are, and one of them as a local folder.
+
+They lie as in the folder of a run: ``step-000012000/`` with ``manifest.json``, without which a
+folder is no checkpoint, and beside them the run's logs. Only safetensors and JSON are fetched; how
+large a file may be is known before a byte of it is.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from eval.run_report import LOG_NAME
+from model.checkpoint import (
+    MANIFEST_NAME,
+    STATE_NAME,
+    CheckpointError,
+    FileEntry,
+    folder_name,
+    parse_manifest,
+    step_in,
+)
+from pipeline.program import InputError
+from pipeline.remote_folder import Counters, DamagedError, RemoteError, RemoteFolder, RetryPolicy
+from pipeline.shard_format import atomic_file
+
+T = TypeVar("T")
+MANIFEST_LIMIT_BYTES = 1 << 20
+STATE_LIMIT_BYTES = 64 << 20
+# Logs of a run that go along with its checkpoints, so that the run that goes on continues them.
+LOG_PATTERNS = (LOG_NAME, "quarantine-*.jsonl", "skipped-*.jsonl")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint that is not fetched yet."""
+
+    step: int
+    where: str
+    """Its URL."""
+    manifest: bytes
+    files: dict[str, FileEntry]
+    state: dict[str, Any]
+    """Its plain values."""
+
+
+class RemoteCheckpoints:
+    """The checkpoints of the run below one URL.
+
+    Args:
+        url: of a run.
+        policy: of retries.
+    """
+
+    def __init__(self, url: str, policy: RetryPolicy | None = None) -> None:
+        self._folder = RemoteFolder(url, policy or RetryPolicy(), Counters())
+        self.url = self._folder.url
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there whole, ascending.
+
+        Raises:
+            InputError: if they cannot be listed.
+        """
+        try:
+            return complete_steps(self._folder.tree())
+        except RemoteError as error:
+            raise unreachable(self.url, error) from error
+
+    def head(self, step: int) -> Head:
+        """What the checkpoint of a step says of itself.
+
+        Raises:
+            CheckpointError: if it is damaged.
+            InputError: if the store does not serve.
+        """
+        name = folder_name(step)
+        where = f"{self.url}/{name}"
+        manifest = self._read(f"{name}/{MANIFEST_NAME}", MANIFEST_LIMIT_BYTES)
+        files = parse_manifest(manifest, where)
+        content = self._read(f"{name}/{STATE_NAME}", STATE_LIMIT_BYTES)
+        if STATE_NAME not in files or sha256_of(content) != files[STATE_NAME].sha256:
+            raise CheckpointError(f"{where}/{STATE_NAME} is damaged: its checksum differs")
+        try:
+            state = json.loads(content)
+            is_right = state["step"] == step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_right = False
+        if not is_right:
+            raise CheckpointError(f"{where} does not hold the state of step {step}")
+        return Head(step, where, manifest, files, state)
+
+    def fetch(self, head: Head, run: Path) -> Path:
+        """A checkpoint as a folder in that of a run; checked, and there whole or not at all.
+
+        Several processes may fetch one into the same folder.
+
+        Raises:
+            CheckpointError: if it is damaged.
+            InputError: if the store does not serve, or the disk has no room for it.
+            OSError: if it cannot be written.
+        """
+        final = run / folder_name(head.step)
+        mine = f".{final.name}.{socket.gethostname()}-"
+        made = [folder for folder in (run, *run.parents) if not folder.exists()]
+        run.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in run.glob(f"{mine}*.part"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        part = run / f"{mine}{os.getpid()}.part"
+        try:
+            needed = sum(entry.bytes for entry in head.files.values())
+            if shutil.disk_usage(run).free < needed:
+                raise InputError(
+                    f"{head.where} has {needed / 2**30:.2f} GiB, {run} has not so much room: free "
+                    "some, or choose a folder on another disk"
+                )
+            part.mkdir()
+            for name, entry in head.files.items():
+                self._download(f"{folder_name(head.step)}/{name}", entry, part / name)
+            with atomic_file(part / MANIFEST_NAME) as file:
+                file.write(head.manifest)
+            put_in_place(part, final)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+        return final
+
+    def fetch_logs(self, run: Path) -> None:
+        """Put the logs that lie beside the checkpoints into the folder of a run.
+
+        Raises:
+            InputError: if the store does not serve.
+            OSError: if they cannot be written.
+        """
+        try:
+            sizes = self._folder.tree()
+            for name in sizes:
+                if "/" not in name and is_log(name):
+                    self._download_log(name, sizes[name], run / name)
+        except RemoteError as error:
+            raise unreachable(self.url, error) from error
+
+    def _download_log(self, name: str, size: int, path: Path) -> None:
+        with atomic_file(path) as file:
+            file.truncate(size)
+            self._folder.download(name, size, "", file.fileno())
+
+    def _read(self, name: str, limit_bytes: int) -> bytes:
+        return self._served(lambda: self._folder.read(name, limit_bytes))
+
+    def _download(self, name: str, entry: FileEntry, path: Path) -> None:
+        with path.open("w+b") as file:
+            os.truncate(file.fileno(), entry.bytes)
+            self._served(
+                lambda: self._folder.download(name, entry.bytes, entry.sha256, file.fileno())
+            )
+            os.fsync(file.fileno())
+
+    def _served(self, once: Callable[[], T]) -> T:
+        """What a store gives; that a file is gone or wrong is no fault of the store."""
+        try:
+            return once()
+        except DamagedError as error:
+            raise CheckpointError(f"{error}") from error
+        except RemoteError as error:
+            raise unreachable(self.url, error) from error
+
+
+def complete_steps(sizes: dict[str, int]) -> list[int]:
+    """Steps of the folders that have a manifest, ascending; ``sizes`` of all files by name."""
+    places = [name.split("/") for name in sizes]
+    found = [step_in(place[0]) for place in places if place[1:] == [MANIFEST_NAME]]
+    return sorted(step for step in found if step is not None)
+
+
+def is_log(name: str) -> bool:
+    """Whether it is the name of a log that goes along with checkpoints."""
+    return any(Path(name).match(pattern) for pattern in LOG_PATTERNS)
+
+
+def put_in_place(part: Path, final: Path) -> None:
+    """Give a finished folder its name, also where a damaged one or that of another process is."""
+    if final.exists():
+        shutil.rmtree(final, ignore_errors=True)
+    try:
+        part.replace(final)
+    except OSError:
+        if not final.is_dir():  # else another process was first with the same
+            raise
+        shutil.rmtree(part)
+
+
+def unreachable(url: str, error: RemoteError) -> InputError:
+    """The error for a store that does not serve."""
+    return InputError(
+        f"{url} cannot be read ({error}): check the URL and the credentials in the environment"
+    )
+
+
+def sha256_of(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,167 @@
+"""Runs with copies in an object store: on a fresh machine they go on as if nothing had happened."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.checkpoint import file_sha256, load_checkpoint, write_json
+from pipeline.remote_folder import RetryPolicy
+from tests.test_train import TINY, command, logged
+
+MIRROR = "s3://bucket/run"
+SIX = ("--steps", "6", "--save-every", "3")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, so that sums are the same in every run, and less patience with a server."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    policy = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.02, connect_s=1, stalled_s=2)
+    monkeypatch.setattr("eval.run_start.AT_START", policy)
+    monkeypatch.setattr("eval.mirror.PATIENCE", policy)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.fixture
+def run_it(shard_set, tmp_path):
+    """``run_it(name, *words)`` trains into this folder with the mirror."""
+
+    def run(name, *words, mirror=MIRROR):
+        output = tmp_path / name
+        flags = ("--data.shards", shard_set, "--output", output, "--mirror", mirror)
+        done = command(*TINY, *flags, *words)
+        return SimpleNamespace(folder=output, **vars(done))
+
+    return run
+
+
+def assert_same(run, other, step):
+    first, second = (load_checkpoint(folder / f"step-{step:09d}") for folder in (run, other))
+    torch.testing.assert_close(first.tensors, second.tensors, rtol=0, atol=0)
+    assert first.state["optimiser"] == second.state["optimiser"]
+    assert logged(run, "loss") == logged(other, "loss")
+
+
+def lose_newest(bucket):
+    """As if the machine had been lost before step 6 was copied."""
+    for name in bucket.names("run/step-000000006/"):
+        bucket.delete(name)
+
+
+def test_a_machine_without_the_folder_goes_on_bit_by_bit_from_the_mirror(bucket, run_it):
+    whole = run_it("whole", *SIX)
+    assert (whole.code, whole.err) == (0, "")
+    assert {"run/config.json", "run/environment.json", "run/run.jsonl"} <= set(bucket.names())
+    lose_newest(bucket)
+    for name, resume in (
+        ("newest", ()),
+        ("url", (f"{MIRROR}/step-000000003",)),
+    ):
+        done = run_it(name, *SIX, "--resume", *resume)
+        assert (done.code, done.err) == (0, ""), name
+        assert f"fetching {MIRROR}/step-000000003" in done.out
+        assert_same(done.folder, whole.folder, 6)
+        assert bucket.read("run/step-000000006/manifest.json")
+        lose_newest(bucket)
+
+
+def test_a_damaged_copy_costs_one_interval_and_is_said(bucket, run_it):
+    whole = run_it("whole", *SIX)
+    bucket.write("run/step-000000006/queue.safetensors", b"half of it")
+    done = run_it("fresh", *SIX, "--resume")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"step-000000006/queue\S+ has 10 bytes.* falling back", done.out)
+    assert "resumed after step 3" in done.out
+    assert_same(done.folder, whole.folder, 6)
+
+
+def test_a_damaged_folder_is_replaced_by_its_copy_and_a_newer_folder_wins(bucket, run_it):
+    whole = run_it("whole", *SIX)
+    folder = shutil.copytree(whole.folder, whole.folder.with_name("here"))
+    (folder / "step-000000006/queue.safetensors").write_bytes(b"")
+    done = run_it("here", *SIX, "--resume")
+    assert done.code == 0 and "resumed after step 6" in done.out
+    assert_same(folder, whole.folder, 6)
+    lose_newest(bucket)
+    done = run_it("here", *SIX, "--resume")
+    assert done.code == 0 and "fetching" not in done.out
+    assert bucket.read("run/step-000000006/manifest.json")  # was copied at the start
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_run_goes_on_elsewhere_from_a_url_without_copies_of_its_own(run_it, shard_set, tmp_path):
+    whole = run_it("whole", *SIX)
+    flags = ("--data.shards", shard_set, "--output", tmp_path / "other", *SIX)
+    done = command(*TINY, *flags, "--resume", MIRROR)
+    assert (done.code, done.err) == (0, "") and "resumed after step 6" in done.out
+    first, second = (
+        load_checkpoint(f / "step-000000006") for f in (whole.folder, tmp_path / "other")
+    )
+    torch.testing.assert_close(first.tensors, second.tensors, rtol=0, atol=0)
+
+
+def test_a_store_that_goes_away_costs_messages_and_in_the_end_says_so(store_proxy, run_it):
+    store_proxy.write_fault = lambda _, path: ("status", 503) if "step-" in path else None
+    done = run_it("run", *SIX)
+    assert done.code == 2
+    assert len(re.findall(r"could not be copied to the mirror \(.*503", done.out)) >= 1
+    assert re.search(r"error: the run is done, but .*step-000000006 could not be copied", done.err)
+    assert len(done.err.splitlines()) == 1
+    load_checkpoint(done.folder / "step-000000006")
+    store_proxy.write_fault = lambda *_: None
+    done = run_it("run", *SIX, "--resume")
+    assert (done.code, done.err) == (0, "")
+    assert run_it("fresh", *SIX, "--resume").code == 0
+
+
+WRONG = {
+    "no such bucket": (("s3://nowhere/run",), (), r"--mirror s3://nowhere/run cannot be written"),
+    "not of a service": (("https://host/run",), (), r"https://host/run: give s3:// or gs://"),
+    "a folder": (("copies",), (), r"copies: give s3:// or gs://"),
+    "another run": ((MIRROR,), ("--resume", "--optimiser.lr", "0.5"), r"optimiser.lr = 0.01, now"),
+    "taken": ((MIRROR,), (), r"s3://bucket/run holds a run already: add --resume"),
+    "an older one": ((MIRROR,), ("--resume", f"{MIRROR}/step-000000003"), r"is older than s3://"),
+    "none": ((MIRROR + "2",), ("--resume",), r"new holds no checkpoint"),
+}
+
+
+@pytest.fixture(scope="module")
+def first_run(shard_set, tmp_path_factory):
+    """A run of six steps without a mirror."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    assert command(*TINY, "--data.shards", shard_set, "--output", folder, *SIX).code == 0
+    return folder
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_mirror_is_one_line_before_anything_is_written(what, bucket, first_run, run_it):
+    for path in first_run.rglob("*"):
+        if path.is_file() and (path.parent != first_run or path.name == "config.json"):
+            bucket.write(f"run/{path.relative_to(first_run)}", path.read_bytes())
+    before = bucket.names()
+    mirror, words, message = WRONG[what]
+    done = run_it("new", *SIX, *words, mirror=mirror[0])
+    assert done.code == 2
+    assert re.search(f"error: .*{message}", done.err) and len(done.err.splitlines()) == 1
+    assert not done.folder.exists() and bucket.names() == before
+
+
+def test_a_state_that_says_nothing_of_its_run_is_no_checkpoint(bucket, run_it, first_run):
+    step = shutil.copytree(
+        first_run / "step-000000006", first_run.parent / "copy", dirs_exist_ok=True
+    )
+    (step / "state.json").write_text(json.dumps({"step": 6, "version": 1}))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in step.iterdir()
+        if path.name != "manifest.json"
+    }
+    write_json(step / "manifest.json", {"version": 1, "files": files})
+    for path in step.iterdir():
+        bucket.write(f"run/step-000000006/{path.name}", path.read_bytes())
+    done = run_it("new", *SIX, "--resume")
+    assert done.code == 2 and "none of the 1 checkpoints in" in done.err
