@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from model.collectives import rank
 from model.stopping import STOPPING, Agreement, StopRequest, exit_code
 from tests.run_in_processes import run_in_processes
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,7 +84,7 @@ def test_a_second_signal_is_the_launchers_echo_and_a_third_ends_the_process_at_o
         "    print(count, bool(stop.signal), flush=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        [*warm_python(), "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stdout == "1 True\n2 True\n"
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "stopping at once\n")

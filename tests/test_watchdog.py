@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from model.stopping import RESTART_CODE
 from model.watchdog import Watchdog
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
@@ -31,12 +31,12 @@ print("went on")
 
 def run(dump, what, seconds=0.5):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, dump, what, str(seconds)],
+        [*warm_python(), "-c", PROGRAM, dump, what, str(seconds)],
         cwd=ROOT,
         env={**os.environ, "RANK": "3"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
 
