@@ -40,6 +40,7 @@ from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
+from model.micro_batches import MicroBatches
 from model.moco import MoCo, QueryEncoder
 from model.network_shape import WeightsError
 from model.optimiser import make_optimiser
@@ -89,8 +90,9 @@ def main() -> None:
     ) as loader:
         torch.manual_seed(config.seed)
         moco = ENCODERS[config.moco.mechanism](
-            config.encoder, config.moco, config.batch, config.seed, config.data.image_px
-        )
+            config.encoder, config.moco, config.batch, config.seed, config.data.image_px,
+            config.micro_batch,
+        )  # fmt: skip
         if not found and (start := starting_weights(config.encoder, config.data.image_px)):
             start_from(moco, start)
         prepare_encoders(moco, config, console)
@@ -142,6 +144,13 @@ class Run:
     def encoders(self) -> QueryEncoder:
         """Without the data-parallel wrapper; kept, since to ask for it takes 0.4 ms."""
         return self.accelerator.unwrap_model(self.moco)  # type: ignore[no-any-return]
+
+    @cached_property
+    def passes(self) -> MicroBatches:
+        """Forward and backward passes of a step."""
+        calls = (self.accelerator.backward, self.accelerator.autocast)
+        scales = (self.config.moco.temperature, loss_scale(self.config.moco))
+        return MicroBatches(self.moco, self.encoders, self.dictionary, *scales, *calls)
 
 
 def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
@@ -206,19 +215,21 @@ def say_the_end(run: Run, step: int, total_steps: int, stopped_by: int, console:
 
 def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper, in its order; loss and pretext accuracy stay on the device."""
-    config = run.config.moco
     run.guard.begin()
     layout = layout_of(run.config)
-    views = (view.to(memory_format=layout) for view in (batch.query_N3HW, batch.key_N3HW))
-    pairs = run.moco(*views, batch.step)
-    run.health.look(batch.step, pairs, run.dictionary, batch.sample_N, batch.label_N)
-    loss, accuracy = run.dictionary.contrast(pairs, config.temperature, batch.sample_N, batch.step)
-    loss = loss * loss_scale(config)
-    run.accelerator.backward(loss)
+    views = [view.to(memory_format=layout) for view in (batch.query_N3HW, batch.key_N3HW)]
+    look = partial(
+        run.health.look,
+        batch.step,
+        dictionary=run.dictionary,
+        sample_N=batch.sample_N,
+        labels=batch.label_N,
+    )
+    loss, accuracy = run.passes.run(views, batch.sample_N, batch.step, look)
     run.dictionary.settle()
     run.guard.step(run.optimizer)
     run.optimizer.zero_grad()
-    return loss.detach(), accuracy
+    return loss, accuracy
 
 
 def set_lr(run: Run, step: int, total_steps: int) -> float:

@@ -127,7 +127,9 @@ def make_plan(config: TrainConfig, plan: PlanConfig) -> Plan:
     image_px = config.data.image_px
     flops = flops_of_step(config.encoder, config.moco, image_px, config.batch)
     time = time_of(config, plan, length, flops)
-    network = network_of_process(config.encoder, config.moco, config.batch, processes, image_px)
+    network = network_of_process(
+        config.encoder, config.moco, config.batch, processes, image_px, config.micro_batch
+    )
     memory = memory_of(config, network, length)
     checkpoint = checkpoint_bytes(config, network, length, memory.optimiser)
     return Plan(

@@ -13,7 +13,7 @@ from eval.run_config import TrainConfig
 from eval.weights_source import starting_weights
 from model.checkpoint import Checkpoint
 from model.encoder import make_backbone
-from model.moco import groups_per_process
+from model.moco import count_micro_batches, groups_per_process
 from pipeline.data_config import cache_of, make_order, open_store
 from pipeline.loader import PairLoader
 from pipeline.order import Order
@@ -74,6 +74,7 @@ def check_order(config: TrainConfig, order: Order, world: int) -> None:
     length_in_steps(config, order)
     try:
         groups_per_process(config.moco, config.batch, world)
+        micro_batches_of(config, world)
     except ValueError as error:
         raise InputError(str(error)) from error
     if config.moco.mechanism == "memory-bank" and order.samples <= config.batch:
@@ -98,6 +99,27 @@ def length_in_steps(config: TrainConfig, order: Order) -> int:
     return steps
 
 
+def micro_batches_of(config: TrainConfig, world: int) -> int:
+    """Into how many micro-batches each of so many processes cuts its share of the batch."""
+    return count_micro_batches(config.moco, config.batch, world, config.micro_batch)
+
+
+def about_micro_batches(config: TrainConfig, world: int) -> Iterator[str]:
+    """That there are some, and what that changes."""
+    count, share = micro_batches_of(config, world), config.batch // world
+    if count == 1:
+        return
+    size, batch_norm = share // count, config.moco.batch_norm
+    yield f"each process cuts its {share} pictures of a step into {count} micro-batches of {size}"
+    if batch_norm in ("sync", "none"):
+        seen = size * world if batch_norm == "sync" else size
+        yield (
+            f"note: with --moco.batch-norm {batch_norm} batch norm sees the {seen} pictures of a "
+            f"micro-batch, not {seen * count}, so --micro-batch changes what is learnt; with "
+            "shuffle it does not"
+        )
+
+
 def introduce(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -110,11 +132,14 @@ def introduce(
     world = accelerator.num_processes
     groups = groups_per_process(moco, config.batch, world) * world
     groups = 1 if moco.batch_norm == "sync" else groups
+    if moco.batch_norm in ("sync", "none"):
+        groups *= micro_batches_of(config, world)
     yield (
         f"{config.recipe}: {config.encoder.backbone}, {order.samples:,} pictures, {total_steps:,} "
         f"steps of {config.batch} ({total_steps / order.steps_per_epoch:.1f} epochs) on {world} x "
         f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
     )
+    yield from about_micro_batches(config, world)
     yield from about_lr(config)
     if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         yield (

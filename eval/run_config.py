@@ -25,7 +25,7 @@ MAY_CHANGE = {
     *("resume", "output", "mirror", "log_every", "log_samples", "health_every", "max_skipped"),
     *("save_every", "save_minutes", "keep", "hang_seconds"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
-    *("compile", "channels_last"),
+    *("compile", "channels_last", "micro_batch"),
     *(
         "data.shards",
         "data.cache",
@@ -48,6 +48,9 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     batch: int = 256
     """Pictures in a step, all processes together."""
+    micro_batch: int | None = None
+    """At most so many pictures go through a process's network at once, and the gradients of its
+    share of --batch add up: less memory, the same result. None: its whole share."""
     epochs: float = 200.0
     """Passes over the pictures."""
     steps: int | None = None
@@ -95,6 +98,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least_1(self, "batch", "log_every", "save_every", "knn_every", "max_skipped")
+        if self.micro_batch is not None:
+            require_at_least_1(self, "micro_batch")
         if self.health_every < 0:
             raise InputError(f"--health-every {self.health_every}: give 0 or more")
         if self.steps is not None and self.steps < 1:

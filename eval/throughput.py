@@ -31,7 +31,8 @@ from eval.run_arguments import about_recipes, recipe_of
 from eval.run_config import TrainConfig
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, loss_scale, make_dictionary
-from model.moco import groups_per_process
+from model.micro_batches import MicroBatches
+from model.moco import count_micro_batches, groups_per_process
 from model.optimiser import make_optimiser
 from pipeline.command_line import parse_flags
 from pipeline.data_config import cpu_threads
@@ -86,24 +87,29 @@ class TrainingStep:
     def __init__(self, config: TrainConfig, samples: int, accelerator: Accelerator) -> None:
         torch.manual_seed(config.seed)
         moco = ENCODERS[config.moco.mechanism](
-            config.encoder, config.moco, config.batch, config.seed, config.data.image_px
-        )
+            config.encoder, config.moco, config.batch, config.seed, config.data.image_px,
+            config.micro_batch,
+        )  # fmt: skip
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
-        self._dictionary = dictionary.to(accelerator.device)
         optimizer = make_optimiser(config.optimiser, moco.parameters())
-        self._moco, self._optimizer = accelerator.prepare(moco, optimizer)
-        self._accelerator, self._config = accelerator, config.moco
+        wrapped, self._optimizer = accelerator.prepare(moco, optimizer)
+        self._passes = MicroBatches(
+            wrapped,
+            moco,
+            dictionary.to(accelerator.device),
+            config.moco.temperature,
+            loss_scale(config.moco),
+            accelerator.backward,
+            accelerator.autocast,
+        )
 
     def __call__(self, batch: PairBatch) -> float:
         """Forward, backward, update; gives the loss."""
-        pairs = self._moco(batch.query_N3HW, batch.key_N3HW, batch.step)
-        loss, _ = self._dictionary.contrast(
-            pairs, self._config.temperature, batch.sample_N, batch.step
-        )
-        self._accelerator.backward(loss * loss_scale(self._config))
+        views = (batch.query_N3HW, batch.key_N3HW)
+        loss, _ = self._passes.run(views, batch.sample_N, batch.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss)
 
 
 def timed(probe: Probe, seconds: float) -> float:
@@ -202,6 +208,7 @@ def check(config: TrainConfig) -> None:
         raise InputError("--precision fp16 needs a GPU, none is there: give bf16 or no")
     try:
         groups_per_process(config.moco, config.batch, 1)
+        count_micro_batches(config.moco, config.batch, 1, config.micro_batch)
     except ValueError as error:
         raise InputError(str(error)) from error
 

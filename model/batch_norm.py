@@ -8,7 +8,8 @@ takes the statistics of all devices together instead.
 Letters in names: N images, C channels, L places of a picture (H times W), G groups.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.collectives import is_distributed, sum_with_gradient, talks_over_gloo, world_size
+
+T = TypeVar("T")
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -121,3 +124,41 @@ def _replace(module: nn.Module, kind: type[_BatchNorm], **options: Any) -> None:
             setattr(module, name, norm)
         else:
             _replace(child, kind, **options)
+
+
+def over_parts(buffers: Iterable[Tensor], parts: Sequence[T]) -> Iterator[T]:
+    """Parts of a batch one after the other, with the running statistics of all of them at once.
+
+    Each part starts from the same ones, and after the last the mean of what the parts left stays.
+    That is what the whole batch leaves, since running statistics move in proportion to the mean
+    over the groups, whatever the number of passes; counts of batches are those of one part.
+
+    Args:
+        buffers: of the networks that the parts pass through.
+        parts: equal ones; what is done with one, a backward pass included, ends before the next.
+    """
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    buffers = list(buffers)
+    start = [buffer.clone() for buffer in buffers]
+    statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+    sums = [torch.zeros_like(buffer) for buffer in statistics]
+    for number, part in enumerate(parts):
+        if number:
+            _copy(start, buffers)
+        yield part
+        _add(statistics, sums)
+    _copy([total / len(parts) for total in sums], statistics)
+
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+@torch.no_grad()
+def _add(tensors: list[Tensor], totals: list[Tensor]) -> None:
+    if totals:
+        torch._foreach_add_(totals, tensors)

@@ -4,9 +4,10 @@ End-to-end, one encoder makes queries and keys and learns through both (MoCo, fi
 dictionary is as long as the global batch. MoCo v3 compares with the batch too, but its keys come
 from the key encoder and have no gradient.
 
-Letters in names: N images on this rank, B images on all ranks, D embedding size.
+Letters in names: N images on this rank, M of them, B images on all ranks, D embedding size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import gather, gather_with_gradient, rank, world_size
-from model.dictionary import Dictionary, Pairs, over_pairs
+from model.dictionary import Comparison, Dictionary, over_pairs
 from model.moco import QueryEncoder
 
 
@@ -38,36 +39,52 @@ class BatchKeys(Dictionary):
         """Keys that a query is compared with, its own among them."""
         return global_batch
 
-    def contrast(
+    def comparison(
         self,
-        pairs: Pairs,
+        keys: Sequence[Tensor],
         temperature: float,
         sample_N: Any,  # noqa: ARG002
         step: int,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of a step, added up over its pairs, and pretext accuracy."""
-        found = [batch_nce(query_ND, key_ND, temperature) for query_ND, key_ND in pairs]
-        return over_pairs(found)
+    ) -> Comparison:
+        """Queries are compared with the keys of all ranks, which are gathered here."""
+        gathered = [gather_keys(key_ND) for key_ND in keys]
+
+        def compare(queries: Sequence[Tensor], own: slice) -> tuple[Tensor, Tensor]:
+            share = len(keys[0])
+            own_M = torch.arange(share, device=keys[0].device)[own] + rank() * share
+            return over_pairs(
+                batch_nce(query_MD, key_BD, own_M, temperature)
+                for query_MD, key_BD in zip(queries, gathered, strict=True)
+            )
+
+        return compare
 
 
-def batch_nce(query_ND: Tensor, key_ND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of picking each query's own key among those of all ranks, ``[B, D]``.
+def gather_keys(key_ND: Tensor) -> Tensor:
+    """Keys of all ranks, ``[B, D]`` in at least float32; with their gradient, if they have one."""
+    key_ND = key_ND.to(torch.promote_types(key_ND.dtype, torch.float32))
+    if world_size() == 1:
+        return key_ND
+    return gather_with_gradient(key_ND) if key_ND.requires_grad else gather(key_ND)
+
+
+def batch_nce(
+    query_MD: Tensor, key_BD: Tensor, own_M: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of picking each query's own key among those of all ranks.
 
     Args:
-        query_ND: unit-length queries.
-        key_ND: unit-length keys of the same pictures; may have a gradient.
+        query_MD: unit-length queries.
+        key_BD: unit-length keys; may have a gradient.
+        own_M: place of each query's own key.
         temperature: divides the similarities.
 
     Returns:
         The loss in nats, log(B) for equal similarities, and without gradient the share of queries
         that are nearest to their own key.
     """
-    with torch.autocast(query_ND.device.type, enabled=False):
-        dtype = torch.promote_types(query_ND.dtype, torch.float32)
-        gathered = gather_with_gradient if key_ND.requires_grad else gather
-        key_BD = gathered(key_ND.to(dtype)) if world_size() > 1 else key_ND.to(dtype)
-        logits_NB = query_ND.to(dtype) @ key_BD.T / temperature
-        own_N = torch.arange(len(query_ND), device=query_ND.device) + rank() * len(query_ND)
-        loss = F.cross_entropy(logits_NB, own_N)
-        accuracy = (logits_NB.detach().argmax(dim=1) == own_N).to(dtype).mean()
+    with torch.autocast(query_MD.device.type, enabled=False):
+        logits_MB = query_MD.to(key_BD.dtype) @ key_BD.T / temperature
+        loss = F.cross_entropy(logits_MB, own_M)
+        accuracy = (logits_MB.detach().argmax(dim=1) == own_M).to(key_BD.dtype).mean()
     return loss, accuracy

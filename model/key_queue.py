@@ -3,7 +3,7 @@
 Letters in names: N keys of this rank, B keys of all ranks, D embedding size, K queue length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import begin_gather, world_size
-from model.dictionary import Dictionary, Pairs, finite, over_pairs
+from model.dictionary import Comparison, Dictionary, finite, over_pairs
 from model.info_nce import info_nce_with_accuracy
 
 
@@ -56,25 +56,28 @@ class KeyQueue(Dictionary):
         """Keys that a query is compared with, its own among them."""
         return len(self.rows_KD) + 1
 
-    def contrast(
+    def comparison(
         self,
-        pairs: Pairs,
+        keys: Sequence[Tensor],
         temperature: float,
         sample_N: Any,  # noqa: ARG002
         step: int,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of a step, added up over its pairs, and pretext accuracy; then the keys go in.
-
-        All queries are compared with the keys of earlier steps, so no positive is a negative.
-        """
+    ) -> Comparison:
+        """All queries are compared with the keys of earlier steps: no positive is a negative."""
         self.settle()
-        found = [
-            info_nce_with_accuracy(query_ND, key_ND, self.rows_KD, temperature)
-            for query_ND, key_ND in pairs
-        ]
-        for _, key_ND in pairs:
-            self.push(key_ND)  # already: the loss keeps no reference to the queue
-        return over_pairs(found)
+
+        def compare(queries: Sequence[Tensor], own: slice) -> tuple[Tensor, Tensor]:
+            return over_pairs(
+                info_nce_with_accuracy(query_MD, key_ND[own], self.rows_KD, temperature)
+                for query_MD, key_ND in zip(queries, keys, strict=True)
+            )
+
+        return compare
+
+    def enqueue(self, keys: Sequence[Tensor], sample_N: Any) -> None:  # noqa: ARG002
+        """Already before the backward pass: the loss keeps no reference to the queue."""
+        for key_ND in keys:
+            self.push(key_ND)
 
     def plain_state(self) -> dict[str, int]:
         """What a checkpoint holds beside the rows."""

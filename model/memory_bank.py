@@ -10,6 +10,7 @@ Letters in names: N images on this rank, B images on all ranks, S pictures of th
 D embedding size, K entries drawn.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import gather
-from model.dictionary import Dictionary, Pairs, finite, over_pairs
+from model.dictionary import Comparison, Dictionary, finite, over_pairs
 from model.info_nce import info_nce_with_accuracy
 from model.moco import QueryEncoder
 
@@ -63,28 +64,41 @@ class MemoryBank(Dictionary):
         """Keys that a query is compared with, its own among them."""
         return self._drawn + 1
 
-    def contrast(
-        self, pairs: Pairs, temperature: float, sample_N: Any, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of a step, added up over its pairs, and pretext accuracy; then the entries move.
+    def comparison(
+        self,
+        keys: Sequence[Tensor],  # noqa: ARG002
+        temperature: float,
+        sample_N: Any,
+        step: int,
+    ) -> Comparison:
+        """Queries are compared with their pictures' entries and with those drawn for the step.
 
         Args:
-            pairs: queries and what moves their entries.
+            keys: not read.
             temperature: divides the similarities.
             sample_N: numbers of the pictures of this rank, from 0 to S - 1.
             step: from 0; the draw is a function of it.
         """
-        own_N = torch.as_tensor(sample_N, dtype=torch.int64, device=self.rows_SD.device)
-        own_B = gather(own_N)
-        drawn_K = draw_negatives(len(self.rows_SD), own_B, self._drawn, self._seed, step)
+        own_N = self._numbers(sample_N)
+        drawn_K = draw_negatives(len(self.rows_SD), gather(own_N), self._drawn, self._seed, step)
         negative_KD, positive_ND = self.rows_SD[drawn_K], self.rows_SD[own_N]
-        found = [
-            info_nce_with_accuracy(query_ND, positive_ND, negative_KD, temperature)
-            for query_ND, _ in pairs
-        ]
-        for _, key_ND in pairs:
+
+        def compare(queries: Sequence[Tensor], own: slice) -> tuple[Tensor, Tensor]:
+            return over_pairs(
+                info_nce_with_accuracy(query_MD, positive_ND[own], negative_KD, temperature)
+                for query_MD in queries
+            )
+
+        return compare
+
+    def enqueue(self, keys: Sequence[Tensor], sample_N: Any) -> None:
+        """The entries of the step's pictures move towards what moves them."""
+        own_B = gather(self._numbers(sample_N))
+        for key_ND in keys:
             self.move(own_B, gather(finite(key_ND.to(self.rows_SD.dtype))))
-        return over_pairs(found)
+
+    def _numbers(self, sample_N: Any) -> Tensor:
+        return torch.as_tensor(sample_N, dtype=torch.int64, device=self.rows_SD.device)
 
     @torch.no_grad()
     def move(self, own_B: Tensor, key_BD: Tensor) -> None:

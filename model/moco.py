@@ -8,17 +8,20 @@ Letters in names: N images on this rank, B images on all ranks, H W pixels, D em
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.batch_norm import sync_batch_norms
+from model.batch_norm import over_parts, split_batch_norms, sync_batch_norms
 from model.batch_shuffle import make_local_shuffle, make_shuffle
 from model.collectives import world_size
 from model.encoder import Encoder, EncoderConfig, is_vit, unit_length
 from model.heads import make_predictor
+
+LEAST_PICTURES = 2  # that batch norm has statistics of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,48 @@ def groups_per_process(config: MoCoConfig, global_batch: int, world: int) -> int
     return groups // world
 
 
+def count_micro_batches(config: MoCoConfig, global_batch: int, world: int, most: int | None) -> int:
+    """Into how many equal micro-batches each process cuts its share: as few as are small enough.
+
+    Args:
+        config: of the method.
+        global_batch: pictures of a step, all processes together.
+        world: number of processes, which divides them.
+        most: pictures that may go through a process's network at once; None: its whole share.
+
+    Raises:
+        ValueError: if its share cannot be cut so; naming what can be.
+    """
+    share = global_batch // world
+    if most is None or most >= share:
+        return 1
+    if config.mechanism == "end-to-end":
+        raise ValueError(
+            f"--micro-batch {most}: end-to-end learns through all keys of a step at once, the "
+            f"{share} pictures of a process: leave --micro-batch, or choose another "
+            "--moco.mechanism"
+        )
+    has_groups = config.batch_norm in ("shuffle", "split")
+    pieces = groups_per_process(config, global_batch, world) if has_groups else share
+    sizes = [share // count for count in range(1, pieces + 1) if pieces % count == 0]
+    sizes = [size for size in sizes if size >= LEAST_PICTURES]  # for batch norm
+    fitting = [size for size in sizes if size <= most]
+    if not fitting:
+        groups = f", whole batch-norm groups of {sizes[-1]}" if has_groups else ""
+        more = ", or more --moco.batch-norm-groups" if has_groups else ""
+        raise ValueError(
+            f"--micro-batch {most}: the {share} pictures of a process are cut into equal parts"
+            f"{groups}: give {one_of(sizes[::-1])}{more}"
+        )
+    return share // max(fitting)
+
+
+def one_of(numbers: list[int]) -> str:
+    """For messages: 2, 4 or 8."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 class QueryEncoder(nn.Module):
     """The query encoder and the order of a step; each mechanism says where its keys come from.
 
@@ -108,6 +153,7 @@ class QueryEncoder(nn.Module):
         global_batch: images of all ranks (B), from which the batch-norm groups follow.
         seed: of the shuffle.
         image_px: side of the views, which a ViT must know.
+        micro_batch: pictures that may go through an encoder at once; None: all of this rank.
     """
 
     def __init__(
@@ -117,14 +163,20 @@ class QueryEncoder(nn.Module):
         global_batch: int,
         seed: int,
         image_px: int = 224,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         groups = groups_per_process(config, global_batch, world_size())
+        count = count_micro_batches(config, global_batch, world_size(), micro_batch)
+        groups = max(groups // count, 1)
+        self.micro_batches = count
         self.encoder_q = Encoder(encoder, groups, image_px)
         self.predictor = None
         if config.predictor:
             on_vit = is_vit(self.encoder_q.backbone)
             self.predictor = make_predictor(encoder.dim, hidden=encoder.hidden, is_vit=on_vit)
+            if groups > 1:
+                split_batch_norms(self.predictor, groups)
         if config.batch_norm == "sync":
             sync_batch_norms(self)
         self._is_symmetric = config.symmetric
@@ -132,7 +184,11 @@ class QueryEncoder(nn.Module):
         self._seed = seed
 
     def forward(
-        self, query_view_N3HW: Tensor, key_view_N3HW: Tensor, step: int
+        self,
+        query_view_N3HW: Tensor,
+        key_view_N3HW: Tensor,
+        step: int,
+        keys: list[Tensor] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Queries and keys of one step, unit-length, ``[N, D]`` each.
 
@@ -140,15 +196,28 @@ class QueryEncoder(nn.Module):
             query_view_N3HW: one view of each picture.
             key_view_N3HW: the other.
             step: from 0; the shuffle is a function of it.
+            keys: those of these views, where they are made already.
 
         Returns:
             One pair; where the loss is symmetric a second one with the views exchanged.
         """
+        if keys is None:  # before the queries, whose activations take the memory until the end
+            keys = self.keys_ahead([query_view_N3HW, key_view_N3HW], step)
         queries = [self.query(query_view_N3HW)]
         if self._is_symmetric:
             queries.append(self.query(key_view_N3HW))
-        keys = self.keys([key_view_N3HW, query_view_N3HW][: len(queries)], queries, step)
+        if keys is None:
+            keys = self.keys([key_view_N3HW, query_view_N3HW][: len(queries)], queries, step)
         return list(zip(queries, keys, strict=True))
+
+    def keys_ahead(self, views: Sequence[Tensor], step: int) -> list[Tensor] | None:  # noqa: ARG002
+        """Keys of a step before its queries; None where they are made of these.
+
+        Args:
+            views: query view and key view, ``[N, 3, H, W]``.
+            step: from 0.
+        """
+        return None
 
     def query(self, view_N3HW: Tensor) -> Tensor:
         """Queries of a view; through the predictor, where there is one."""
@@ -158,7 +227,7 @@ class QueryEncoder(nn.Module):
         return unit_length(self.predictor(self.encoder_q.projection(view_N3HW)))
 
     def keys(self, views: list[Tensor], queries: list[Tensor], step: int) -> list[Tensor]:
-        """The key of each query, from the view at the same place.
+        """The key of each query, from the view at the same place, where none were made ahead.
 
         Args:
             views: ``[N, 3, H, W]`` each.
@@ -177,11 +246,17 @@ class QueryEncoder(nn.Module):
             n: from 0.
         """
         if self._batch_norm not in ("shuffle", "split"):
-            embedded: Tensor = encoder(view_N3HW)
-            return embedded
+            return self._encode(encoder, view_N3HW)
         make = make_shuffle if self._batch_norm == "shuffle" else make_local_shuffle
         shuffle = make(len(view_N3HW), self._seed, step, view_N3HW.device, view=n)
-        return shuffle.undo(encoder(shuffle.apply(view_N3HW)))
+        return shuffle.undo(self._encode(encoder, shuffle.apply(view_N3HW)))
+
+    def _encode(self, encoder: nn.Module, view_N3HW: Tensor) -> Tensor:
+        if self.micro_batches == 1:
+            whole_ND: Tensor = encoder(view_N3HW)
+            return whole_ND
+        parts = over_parts(encoder.buffers(), view_N3HW.chunk(self.micro_batches))
+        return torch.cat([encoder(part_M3HW) for part_M3HW in parts])
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
@@ -201,20 +276,23 @@ class MoCo(QueryEncoder):
         global_batch: int,
         seed: int,
         image_px: int = 224,
+        micro_batch: int | None = None,
     ) -> None:
-        super().__init__(encoder, config, global_batch, seed, image_px)
+        super().__init__(encoder, config, global_batch, seed, image_px, micro_batch)
         self.encoder_k = copy.deepcopy(self.encoder_q)
         self.encoder_k.requires_grad_(False)
         self.momentum = config.momentum
 
     @torch.no_grad()
-    def keys(self, views: list[Tensor], queries: list[Tensor], step: int) -> list[Tensor]:  # noqa: ARG002
+    def keys_ahead(self, views: Sequence[Tensor], step: int) -> list[Tensor]:
         """Keys without gradient from the key encoder, which moves first.
 
         So does the official code; in Algorithm 1 the move stands at the end of the step before.
         """
         self.move_key_encoder()
-        return [self.encode_shuffled(self.encoder_k, v, step, n) for n, v in enumerate(views)]
+        query_view_N3HW, key_view_N3HW = views
+        exchanged = [key_view_N3HW, query_view_N3HW] if self._is_symmetric else [key_view_N3HW]
+        return [self.encode_shuffled(self.encoder_k, v, step, n) for n, v in enumerate(exchanged)]
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:

@@ -11,8 +11,9 @@ Letters in names: N pictures of one process, H W pixels.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from model.dictionary import Comparison, Dictionary
 from model.encoder import EncoderConfig
 from model.mechanism import ENCODERS
+from model.micro_batches import MicroBatches
 from model.moco import MoCoConfig, QueryEncoder, groups_per_process
 from model.optimiser import make_optimiser
 from model.run_state import flatten_optimiser
@@ -69,7 +72,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def network_of_process(
-    encoder: EncoderConfig, moco: MoCoConfig, batch: int, processes: int, image_px: int
+    encoder: EncoderConfig,
+    moco: MoCoConfig,
+    batch: int,
+    processes: int,
+    image_px: int,
+    micro_batch: int | None = None,
 ) -> QueryEncoder:
     """The encoders as one of so many processes has them, without data.
 
@@ -81,9 +89,10 @@ def network_of_process(
         batch: pictures of a step, all processes together.
         processes: that share it.
         image_px: side of the views.
+        micro_batch: pictures that may go through an encoder at once; None: all of a process.
 
     Raises:
-        ValueError: if the batch-norm groups cannot be shared out.
+        ValueError: if the batch-norm groups or the pictures cannot be shared out so.
     """
     groups = groups_per_process(moco, batch, processes)
     alone = replace(
@@ -91,7 +100,7 @@ def network_of_process(
     )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return ENCODERS[moco.mechanism](
-            replace(encoder, weights=None), alone, batch // processes, 0, image_px
+            replace(encoder, weights=None), alone, batch // processes, 0, image_px, micro_batch
         )
 
 
@@ -103,7 +112,7 @@ def peak_of_step(network: QueryEncoder, pictures: int, image_px: int, precision:
 
     Args:
         network: without data, of ``network_of_process``; has CPU tensors without data afterwards.
-        pictures: of this process that go through at a time (N).
+        pictures: of this process in a step (N), in the network's micro-batches.
         image_px: side of the views.
         precision: of train.py: no, bf16 or fp16.
 
@@ -118,12 +127,31 @@ def peak_of_step(network: QueryEncoder, pictures: int, image_px: int, precision:
         network.to_empty(device="cpu")
         views = [torch.empty(pictures, 3, image_px, image_px) for _ in range(2)]
         live.ignore([*network.parameters(), *network.buffers(), *views])
+        autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype is not None)
+        wrapped = autocast()(network)
         with live:
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                pairs = network(*views, 0)
-            results = [out_ND for pair in pairs for out_ND in pair if out_ND.requires_grad]
-            torch.autograd.backward(results, [torch.ones_like(out_ND) for out_ND in results])
+            MicroBatches(wrapped, network, Products(), 1.0, autocast=autocast).run(views, None, 0)
     return live.peak
+
+
+class Products(Dictionary):
+    """A loss that takes no memory, and through which queries, and keys that can, get a gradient."""
+
+    def comparison(
+        self,
+        keys: Sequence[Tensor],
+        temperature: float,  # noqa: ARG002
+        sample_N: Any,  # noqa: ARG002
+        step: int,  # noqa: ARG002
+    ) -> Comparison:
+        """Each query times its own key."""
+
+        def compare(queries: Sequence[Tensor], own: slice) -> tuple[Tensor, Tensor]:
+            pairs = zip(queries, keys, strict=True)
+            total = torch.stack([(query * key[own]).sum() for query, key in pairs]).sum()
+            return total, total.detach()
+
+        return compare
 
 
 def optimiser_state(config: OptimiserConfig, network: QueryEncoder) -> int:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.collectives import average, is_distributed, rank, world_size
 from model.encoder import EncoderConfig
-from model.end_to_end import BatchKeys, EndToEnd, batch_nce
+from model.end_to_end import BatchKeys, EndToEnd
 from model.mechanism import chance_loss, loss_scale
 from model.moco import MoCo, MoCoConfig
 from tests.run_in_processes import run_in_processes
@@ -40,7 +40,7 @@ def share_of(rows):
 
 def loss_and_gradients():
     query_ND, key_ND = (share_of(unit_rows(seed)).requires_grad_() for seed in (1, 2))
-    loss, accuracy = batch_nce(query_ND, key_ND, T)
+    loss, accuracy = BatchKeys().contrast([(query_ND, key_ND)], T, None, 0)
     loss.backward()
     means = [loss.detach(), accuracy]
     average(means)
@@ -65,7 +65,7 @@ def test_loss_and_gradients_of_queries_and_keys_are_those_of_the_slow_form(world
 
 def test_equal_similarities_give_log_b():
     rows = F.normalize(torch.ones(BATCH, 6), dim=1)
-    loss, _ = batch_nce(rows, rows, T)
+    loss, _ = BatchKeys().contrast([(rows, rows)], T, None, 0)
     assert loss.item() == pytest.approx(math.log(BATCH), abs=1e-6)
     assert BatchKeys().candidates(BATCH) == BATCH
 
@@ -125,10 +125,10 @@ def test_queries_and_keys_are_of_one_encoder_and_both_have_gradients():
     assert query_ND.requires_grad
     assert key_ND.requires_grad
     twin = copy.deepcopy(network)
-    loss, _ = batch_nce(*network(view, view.flip(3), 0)[0], T)
+    loss, _ = BatchKeys().contrast(network(view, view.flip(3), 0), T, None, 0)
     loss.backward()
     ((query_ND, key_ND),) = twin(view, view.flip(3), 0)
-    batch_nce(query_ND, key_ND.detach(), T)[0].backward()
+    BatchKeys().contrast([(query_ND, key_ND.detach())], T, None, 0)[0].backward()
     pairs = zip(network.parameters(), twin.parameters(), strict=True)
     assert any(not torch.allclose(a.grad, b.grad) for a, b in pairs)
 

@@ -8,7 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from eval.recipes import RECIPES
 from model.encoder import EncoderConfig
+from model.key_queue import KeyQueue
 from model.mechanism import ENCODERS
+from model.micro_batches import MicroBatches
 from model.optimiser import make_optimiser
 from model.run_state import flatten_optimiser
 from model.schedule import OptimiserConfig
@@ -25,6 +27,9 @@ CIFAR = RECIPES["cifar10"]
 
 def step(network, views, precision):
     dtype = AUTOCAST.get(precision)
+    if network.micro_batches > 1:
+        MicroBatches(network, network, KeyQueue(64, 128, 0), 0.2).run(views, None, 0)
+        return
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         pairs = network(*views, 0)
     results = [out_ND for pair in pairs for out_ND in pair if out_ND.requires_grad]
@@ -47,20 +52,38 @@ def allocated_at_most(network, views, precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "changes"),
-    [("no", {}), ("bf16", {"symmetric": True}), ("bf16", {"mechanism": "end-to-end"})],
+    ("precision", "changes", "micro_batch"),
+    [
+        ("no", {}, None),
+        ("no", {"batch_norm": "none"}, 32),
+        ("bf16", {"symmetric": True}, None),
+        ("bf16", {"mechanism": "end-to-end"}, None),
+    ],
 )
-def test_the_planned_peak_is_that_of_the_allocator(precision, changes):
+def test_the_planned_peak_is_that_of_the_allocator(precision, changes, micro_batch):
     encoder = replace(CIFAR.encoder, layers=(1, 1, 1, 1))
-    moco, pictures = replace(CIFAR.moco, batch_norm_groups=2, **changes), 16
+    moco = replace(CIFAR.moco, batch_norm_groups=2, **changes)
+    pictures = 16 if micro_batch is None else 2 * micro_batch
     planned = peak_of_step(
-        network_of_process(encoder, moco, 2 * pictures, 2, 32), pictures, 32, precision
+        network_of_process(encoder, moco, 2 * pictures, 2, 32, micro_batch),
+        pictures,
+        32,
+        precision,
     )
     one = replace(moco, batch_norm="none")
-    network = ENCODERS[moco.mechanism](encoder, one, pictures, 0, 32)
+    network = ENCODERS[moco.mechanism](encoder, one, pictures, 0, 32, micro_batch)
     views = [torch.randn(pictures, 3, 32, 32) for _ in range(2)]
     # Scratch memory of kernels is real and not planned.
     assert planned == pytest.approx(allocated_at_most(network, views, precision), rel=0.1)
+
+
+def test_a_step_takes_the_activations_of_one_micro_batch():
+    encoder = replace(CIFAR.encoder, layers=(1, 1, 1, 1))
+    peak = {}
+    for size in (None, 128):
+        network = network_of_process(encoder, CIFAR.moco, 512, 1, 32, size)
+        peak[size] = peak_of_step(network, 512, 32, "no") - bytes_of(network.trained_parameters())
+    assert 1 / 4 < peak[128] / peak[None] < 1 / 4 + 0.02
 
 
 def test_groups_of_batch_norm_are_those_of_one_process():

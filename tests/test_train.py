@@ -210,6 +210,17 @@ def test_six_steps_are_three_and_a_resume_and_three_bit_by_bit(six_steps, shard_
     assert logged(killed, *names) == logged(six_steps, *names)
 
 
+def test_a_run_goes_on_in_micro_batches_and_says_so(six_steps, shard_set, tmp_path):
+    words = ("--steps", "6", "--resume", six_steps / "step-000000003", "--micro-batch", "3")
+    given = ("--data.shards", shard_set, "--output", tmp_path / "run")
+    done = command(*TINY, *given, *words)
+    assert (done.code, done.err) == (0, "")
+    assert "each process cuts its 8 pictures of a step into 4 micro-batches of 2" in done.out
+    whole = dict(logged(six_steps, "loss"))
+    for step, loss in logged(tmp_path / "run", "loss"):
+        assert loss == pytest.approx(whole[step], abs=2e-3)
+
+
 FORMS = {
     "memory bank": ["--moco.mechanism", "memory-bank"],
     "end-to-end": ["--moco.mechanism", "end-to-end"],
@@ -696,6 +707,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(what, folder_of_mistakes, sh
 
 OUT_OF_RANGE = [
     ("--batch", "0"),
+    ("--micro-batch", "0"),
+    ("--micro-batch", "1"),
     ("--steps", "0"),
     ("--epochs", "0.0001"),
     ("--epochs", "nan"),
