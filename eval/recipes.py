@@ -128,6 +128,16 @@ RECIPES = {
     "cifar10-symmetric": replace(
         _CIFAR10, recipe="cifar10-symmetric", moco=replace(_CIFAR10.moco, symmetric=True)
     ),
+    # Ours: the network and rates of small sets; queue and momentum come from the number of pictures
+    # (eval/small_data.py), these two stand for 12,288 of them. Rate and batch as in imagenet-100.
+    "small-data": replace(
+        _V2,
+        recipe="small-data",
+        encoder=EncoderConfig(backbone="resnet18", head="mlp"),
+        moco=replace(_V2.moco, queue=1024, momentum=0.99, batch_norm_groups=4),
+        batch=128,
+        epochs=400,
+    ),
     # Ours: a network and a queue small enough for minutes on a CPU and for a few hundred pictures.
     "demo": TrainConfig(
         recipe="demo",
@@ -147,3 +157,6 @@ RECIPES = {
         save_every=500,
     ),
 }
+
+# Whose queue and momentum follow from the number of pictures.
+FITTED = frozenset({"small-data"})

@@ -5,26 +5,39 @@ Order: the recipe's settings, over them those of --config FILE, over them the fl
 
 import argparse
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from eval.learning_rate import with_own_lr
 from eval.plan_config import PlanConfig
-from eval.recipes import RECIPES
+from eval.recipes import FITTED, RECIPES
 from eval.run_config import TrainConfig, read_config
+from eval.small_data import fitted
 from pipeline.command_line import parse_flags
+from pipeline.data_config import open_store
 from pipeline.program import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments:
-    """What train.py is asked for."""
+class WithRun:
+    """What a program is asked for whose first word is a recipe."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """The settings of the run."""
+    """The settings of train.py."""
+
+
+A = TypeVar("A", bound=WithRun)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(WithRun):
+    """What train.py is asked for."""
+
     only_plan: Annotated[bool, tyro.conf.arg(name="plan")] = False
     """Say what the run will take (steps, memory, storage, hours, cost) and start nothing."""
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -35,21 +48,38 @@ class TrainArguments:
 
 
 def parse_arguments(arguments: list[str], about: str) -> TrainArguments:
+    """What train.py is asked for; ``parse_with_recipe`` says how."""
+    return parse_with_recipe(TrainArguments, arguments, about, lambda asked: asked.plan.pictures)
+
+
+def parse_with_recipe(
+    kind: type[A],
+    arguments: list[str],
+    about: str,
+    pictures_of: Callable[[A], int | None] = lambda _: None,
+) -> A:
     """Settings: those of the recipe, then those of --config FILE, then the flags.
 
-    The learning rate is that of their batch, so a run's config.json holds the number itself.
+    The learning rate is that of their batch, and queue and momentum of some recipes are those of
+    their pictures, so a run's config.json holds the numbers themselves.
 
     Args:
+        kind: what the program is asked for.
         arguments: of the command line.
         about: what --help says of the program.
+        pictures_of: their number where no shards say it.
 
     Raises:
         InputError: if the recipe or a setting in the file is unknown.
     """
     default, rest = recipe_of(arguments)
-    asked = parse_flags(
-        TrainArguments, about_recipes(about, default), rest, TrainArguments(run=default)
-    )
+    asked = parse_flags(kind, about_recipes(about, default), rest, kind(run=default))
+    data = asked.run.data
+    if default.recipe in FITTED and (pictures_of(asked) or data.shards):
+        pictures = pictures_of(asked) or open_store(data).manifest.samples
+        fit = partial(fitted, pictures=pictures, batch=asked.run.batch)
+        default, rest = recipe_of(arguments, fit)
+        asked = parse_flags(kind, about_recipes(about, default), rest, kind(run=default))
     return replace(asked, run=with_own_lr(asked.run, default, rest))
 
 
@@ -59,8 +89,14 @@ def about_recipes(about: str, default: TrainConfig) -> str:
     return f"{about}\nRecipes: {known}. The defaults shown are those of {default.recipe}."
 
 
-def recipe_of(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
+def recipe_of(
+    arguments: list[str], fit: Callable[[TrainConfig], TrainConfig] = lambda recipe: recipe
+) -> tuple[TrainConfig, list[str]]:
     """The settings that the flags change, and the flags.
+
+    Args:
+        arguments: of the command line.
+        fit: changes the recipe, before a file changes it further.
 
     Raises:
         InputError: if the recipe or a setting in the file is unknown.
@@ -79,7 +115,7 @@ def recipe_of(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
             near = difflib.get_close_matches(name, RECIPES, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"there is no recipe {name!r}: choose one of {known}.{hint}")
-        default = RECIPES[name]
+        default = fit(RECIPES[name])
     if files.config is not None:
         default = read_config(files.config, default)
     if default is None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from eval.features import require_labels
 from eval.learning_rate import about_lr
 from eval.run_config import TrainConfig
+from eval.small_data import about_fit
 from eval.weights_source import starting_weights
 from model.checkpoint import Checkpoint
 from model.encoder import make_backbone
@@ -141,6 +142,7 @@ def introduce(
     )
     yield from about_micro_batches(config, world)
     yield from about_lr(config)
+    yield from about_fit(config, order.samples)
     if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         yield (
             "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "

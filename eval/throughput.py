@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 if not __package__:  # run as a script: import from the repository root, not from eval/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,14 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from eval.roofline import Judgement, Setting, Speed, advise, draw, figure, hours, judge, unsteady
-from eval.run_arguments import about_recipes, recipe_of
+from eval.run_arguments import WithRun, parse_with_recipe
 from eval.run_config import TrainConfig
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, loss_scale, make_dictionary
 from model.micro_batches import MicroBatches
 from model.moco import count_micro_batches, groups_per_process
 from model.optimiser import make_optimiser
-from pipeline.command_line import parse_flags
 from pipeline.data_config import cpu_threads
 from pipeline.loader import READ_AHEAD_BATCHES, PairBatch, PairLoader
 from pipeline.program import InputError, available_cores, run_program
@@ -55,11 +53,9 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputConfig:
+class ThroughputConfig(WithRun):
     """What is timed, for how long."""
 
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """The settings of train.py."""
     json: Path | None = None
     """File for the figures."""
     rounds: int = 3
@@ -250,9 +246,7 @@ def print_report(
 
 def main() -> None:
     """Parse the command line, measure, judge, write."""
-    recipe, rest = recipe_of(sys.argv[1:])
-    about = about_recipes(__doc__ or "", recipe)
-    config = parse_flags(ThroughputConfig, about, rest, ThroughputConfig(run=recipe))
+    config = parse_with_recipe(ThroughputConfig, sys.argv[1:], __doc__ or "")
     run, console = config.run, Console()
     check(run)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=run.precision)

@@ -619,6 +619,22 @@ def test_a_queue_longer_than_the_data_raises_the_alarm(shard_set, tmp_path):
     assert alarms_of(run) == ["long queue"]
 
 
+def test_numbers_that_follow_from_the_set_are_plain_ones_in_the_run(tmp_path, shard_set):
+    small = ["small-data", *TINY[1:], "--data.image-px", "32", "--data.eval-resize-px", "32"]
+    small.remove("--moco.queue")
+    small.remove("20")
+    words = [*small, "--data.shards", shard_set, "--output", tmp_path / "run"]
+    done = command(*words, "--steps", "2")
+    assert (done.code, done.err) == (0, "")
+    assert "queue 8: chosen for 40 pictures in steps of 8" in done.out
+    moco = json.loads((tmp_path / "run" / "config.json").read_text())["moco"]
+    assert (moco["queue"], moco["momentum"]) == (8, 0.99)
+    more = command(*words, "--steps", "4", "--resume")
+    assert (more.code, more.err) == (0, "")
+    rows = load_checkpoint(tmp_path / "run" / "step-000000004").tensors["queue"]["rows_KD"]
+    assert len(rows) == 8
+
+
 # The plan ----------------------------------------------------------------------------------------
 
 
