@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from eval.learning_rate import about_lr
 from eval.recipes import RECIPES
 from eval.run_arguments import parse_arguments
-from eval.run_folder import refuse_other_run
+from eval.run_folder import Asked, refuse_other_run
 from model.schedule import lr_at
 from pipeline.settings import to_plain
 
@@ -91,4 +91,4 @@ def test_a_checkpoint_of_an_older_version_that_scaled_at_each_step_goes_on():
     config = parse_arguments(["moco-v3-300"], "").run
     before = dataclasses.replace(config, optimiser=RECIPES["moco-v3-300"].optimiser)
     state = {"data": {"manifest_sha256": "00"}, "config": to_plain(before)}
-    refuse_other_run(config, SimpleNamespace(folder="step-1", state=state), "00")
+    refuse_other_run(Asked(config, Path("run"), "00"), state, "step-1")
