@@ -66,7 +66,7 @@ class Saver:
     def is_wanted(self) -> bool:
         """Whether this rank's clock asks for a save; ranks have to agree on one."""
         is_late = time.monotonic() - self._last >= self._minutes * 60
-        return self._minutes > 0 and is_late and (self._thread is None or not self._is_writing())
+        return self._minutes > 0 and is_late and not self._is_writing()
 
     def save(self, step: int, identity: dict[str, Any]) -> None:
         """Copy the state and begin to write it; every rank calls it after the same step.

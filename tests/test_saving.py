@@ -137,14 +137,14 @@ def test_the_clock_asks_for_a_save_once_the_minutes_are_over_and_none_is_under_w
 ):
     now = [1000.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-    saver, _ = saver_of(state, tmp_path, minutes=2)
+    saver, _ = saver_of(state, tmp_path, minutes=0.5)
     never, _ = saver_of(state, tmp_path)
-    now[0] += 119
+    now[0] += 29
     assert not saver.is_wanted()
     now[0] += 1
     assert saver.is_wanted() and not never.is_wanted()
     saver.save(1, {})
-    now[0] += 120
+    now[0] += 30
     assert not saver.is_wanted()  # the one before is not written yet
     held_writes.set()
     saver.finish()
