@@ -16,7 +16,7 @@ import torch
 from eval.gpu_peaks import PEAKS, peak_of
 from eval.plan_config import PlanConfig
 from eval.roofline import hours
-from eval.run_check import check_order, length_in_steps
+from eval.run_check import check_order, length_in_steps, micro_batches_of
 from eval.run_config import TrainConfig
 from model.moco import MoCo, MoCoConfig, QueryEncoder
 from model.run_state import statistics_of
@@ -36,6 +36,8 @@ class Length:
     pictures: int
     batch: int
     processes: int
+    micro_batches: int = 1
+    """Of each process in a step."""
     steps_per_epoch: int
     steps: int
     epochs: float
@@ -120,6 +122,7 @@ def make_plan(config: TrainConfig, plan: PlanConfig) -> Plan:
         pictures=order.samples,
         batch=config.batch,
         processes=processes,
+        micro_batches=micro_batches_of(config, processes),
         steps_per_epoch=order.steps_per_epoch,
         steps=steps,
         epochs=steps / order.steps_per_epoch,

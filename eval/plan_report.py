@@ -56,9 +56,11 @@ def show_plan(run: TrainConfig, settings: PlanConfig, console: Console) -> None:
 def title_of(plan: Plan) -> str:
     """What is planned."""
     length = plan.length
+    share, count = length.batch // length.processes, length.micro_batches
+    cut = f" in micro-batches of {share // count}" if count > 1 else ""
     return (
         f"{plan.recipe}: {plan.backbone}, batch {length.batch:,} on {length.processes} x "
-        f"{length.batch // length.processes}, precision {plan.precision}; nothing was started"
+        f"{share}{cut}, precision {plan.precision}; nothing was started"
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eval.plan import dictionary_bytes, make_plan, read_roofline
 from eval.plan_config import PlanConfig
-from eval.plan_report import as_size, settings_or_plan, show_plan
+from eval.plan_report import as_size, settings_or_plan, show_plan, title_of
 from eval.recipes import RECIPES
 from model.end_to_end import BatchKeys
 from model.mechanism import make_dictionary
@@ -34,6 +34,7 @@ def test_length_and_storage_follow_from_the_set(shard_set):
         "pictures": 40,
         "batch": 8,
         "processes": 2,
+        "micro_batches": 1,
         "steps_per_epoch": 5,
         "steps": 150,
         "epochs": 30,
@@ -61,6 +62,13 @@ def test_each_process_has_its_share_of_the_batch_and_all_of_the_network():
     assert (one.buckets, four.buckets) == (0, one.optimiser)
     assert one.step - one.optimiser > 2 * (four.step - four.optimiser)  # gradients stay
     assert one.total == sum(vars(one).values())
+
+
+def test_micro_batches_are_named_and_take_less_memory_in_a_step():
+    whole, parts = (make_plan(replace(TINY, micro_batch=size), PLAN) for size in (None, 16))
+    assert parts.length.micro_batches == 2
+    assert parts.memory.step < 0.9 * whole.memory.step  # most of it are gradients here
+    assert "batch 64 on 2 x 32 in micro-batches of 16, precision" in title_of(parts)
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank", "batch", "end-to-end"])
