@@ -20,6 +20,9 @@ from model.stopping import RESTART_CODE
 # Where a thread that hangs holds Python's lock, this one cannot run: then faulthandler's own timer,
 # which needs no lock, dumps and ends the process (with code 1) after as much more of the time.
 GRACE = 0.2
+# Looks between a rank's dump and its end: the first one that ended would break the others'
+# collectives, and its launcher stops them, before they have left theirs.
+LINGER = 5
 STDERR = 2  # the descriptor: sys.stderr may be anything
 
 
@@ -34,6 +37,7 @@ class Watchdog:
     def __init__(self, dump: Path, seconds: float) -> None:
         self._dump = dump
         self._seconds = seconds
+        self._look_s = min(seconds / 10, 1.0)
         self._last = time.monotonic()
         self._is_paused = False
         self._over = threading.Event()
@@ -70,7 +74,7 @@ class Watchdog:
         self._is_paused = False
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self._seconds / 10, 1.0)):
+        while not self._over.wait(self._look_s):
             if self._is_paused:
                 self.beat()
             silent_s = time.monotonic() - self._last
@@ -84,6 +88,7 @@ class Watchdog:
 
     def _end(self, silent_s: float) -> None:
         rank = os.environ.get("RANK", "0")
+        faulthandler.dump_traceback_later(2 * LINGER * self._look_s, exit=True, file=STDERR)
         try:
             with self._dump.open("a") as file:
                 file.write(f"rank {rank}, {time.strftime('%F %T')}, silent for {silent_s:.0f} s\n")
@@ -95,5 +100,6 @@ class Watchdog:
             faulthandler.dump_traceback(STDERR)
         line = f"[rank {rank}] no step for {silent_s:.0f} s (--hang-seconds): ended; {where}\n"
         os.write(STDERR, line.encode())
+        time.sleep(LINGER * self._look_s)
         # At once: whatever would be cleaned up may hang as well.
         os._exit(RESTART_CODE)

@@ -1,7 +1,9 @@
 """A process that hangs says where, and ends."""
 
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,12 @@ with Watchdog(Path(sys.argv[1]), float(sys.argv[3])) as dog:
     globals()[sys.argv[2]]()
 print("went on")
 """
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run(dump, what, seconds=0.5):
@@ -63,6 +71,82 @@ def test_who_beats_or_has_said_that_it_pauses_goes_on(tmp_path, what):
     done = run(tmp_path / "hang-3.txt", what, seconds=2.0)
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
     assert not list(tmp_path.iterdir())
+
+
+TWO_RANKS = """
+import os, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from model.stopping import lost_rank_ends
+from model.watchdog import Watchdog
+
+def sleeps_for_ever(): time.sleep(600)
+def stands_by(): time.sleep(600)
+
+@lost_rank_ends()
+def main():
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    threading.Thread(target=stands_by, daemon=True).start()
+    with Watchdog(Path(f"hang-{{rank}}.txt"), 3.0) as dog:
+        for step in range(100):
+            if rank == 0 and step == 4:  # the one that waits was heard of last
+                time.sleep(0.3)
+                dog.beat()
+            dist.all_reduce(torch.ones(1))
+            dog.beat()
+            if rank == 1 and step == 3:
+                sleeps_for_ever()
+
+main()
+"""
+
+
+def assert_both_left_their_stacks(folder):
+    waits, sleeps = ((folder / f"hang-{rank}.txt").read_text() for rank in range(2))
+    assert waits.startswith("rank 0, ") and "in all_reduce" in waits
+    assert sleeps.startswith("rank 1, ") and "in sleeps_for_ever" in sleeps
+    assert "in stands_by" in waits and "in stands_by" in sleeps
+
+
+def test_ranks_that_hang_together_all_leave_their_stacks_and_ask_for_a_restart(tmp_path):
+    (tmp_path / "hang.py").write_text(TWO_RANKS.format(root=str(ROOT)))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [*warm_python(), "hang.py"],
+            cwd=tmp_path,
+            env={**os.environ, **where, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [RESTART_CODE] * 2, errors
+    assert all(f"[rank {rank}] no step for" in text for rank, text in enumerate(errors)), errors
+    assert_both_left_their_stacks(tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_ends_when_all_ranks_hang(tmp_path):
+    (tmp_path / "hang.py").write_text(TWO_RANKS.format(root=str(ROOT)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+              "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", str(free_port()), "hang.py"]  # fmt: skip
+    done = subprocess.run(
+        launch,
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1 and f"exitcode: {RESTART_CODE}" in done.stderr.replace("  :", ":")
+    assert_both_left_their_stacks(tmp_path)
 
 
 def test_a_folder_that_is_gone_leaves_the_stacks_on_standard_error(tmp_path):
