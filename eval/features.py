@@ -31,7 +31,6 @@ class LabelledFeatures:
     skipped: int
 
 
-@torch.inference_mode()
 def extract(
     judged: Judged,
     shards: str | Path,
@@ -39,6 +38,7 @@ def extract(
     device: torch.device,
     batch: int = 256,
     cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+    threads: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
     """Features of all pictures in ``shards``, in their order, in float32.
@@ -49,6 +49,7 @@ def extract(
         device: where it runs and where the features stay.
         batch: pictures at a time.
         cache: for shards behind a URL.
+        threads: of the CPU, for decoding; 0: all that this process may use.
         advance: told how many more are done.
 
     Raises:
@@ -56,16 +57,17 @@ def extract(
     """
     store = ShardStore(shards, cache)
     require_labels(store)
-    loader = EvalLoader(
-        store, judged.view, batch=batch, device=device, threads=cpu_threads(DataConfig())
-    )
+    threads = threads or cpu_threads(DataConfig())
+    loader = EvalLoader(store, judged.view, batch=batch, device=device, threads=threads)
     was_training = judged.network.training
+    # Not in inference mode: a buffer that is moved in it could never be written again.
     judged.network.to(device).eval()
     features, labels = [], []
-    for views_N3HW, label_N in loader:
-        features.append(judged.network(views_N3HW).float())
-        labels.append(label_N)
-        advance(len(label_N))
+    with torch.inference_mode():
+        for views_N3HW, label_N in loader:
+            features.append(judged.network(views_N3HW).float())
+            labels.append(label_N)
+            advance(len(label_N))
     store.close()
     judged.network.train(was_training)
     if not labels:

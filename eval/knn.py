@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,7 +47,8 @@ from pipeline.shard_cache import CacheConfig
 from pipeline.shard_format import atomic_file
 from pipeline.shard_store import ShardStore
 
-CHUNK_ROWS = 1024  # test pictures at a time: 1024 x 1.28 M similarities are 5 GiB
+# Test pictures at a time, fewer where there are many training pictures: 1 GiB of similarities.
+CHUNK_ROWS, CHUNK_SIMILARITIES = 1024, 1 << 28
 TOP5 = 5
 
 
@@ -135,6 +137,7 @@ def knn_scores(
     test_NF: Tensor,
     classes: int,
     protocol: KnnProtocol,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[int, Tensor]:
     """For each k the classes' summed votes for every test picture, ``[N, C]`` float32.
 
@@ -144,7 +147,9 @@ def knn_scores(
         train_MF, test_NF = F.normalize(train_MF, dim=1), F.normalize(test_NF, dim=1)
     most = min(max(protocol.k), len(train_MF))
     scores: dict[int, list[Tensor]] = {k: [] for k in protocol.k}
-    for rows_RF in test_NF.split(CHUNK_ROWS):
+    rows = max(1, min(CHUNK_ROWS, CHUNK_SIMILARITIES // len(train_MF)))
+    for rows_RF in test_NF.split(rows):
+        advance(0)
         similarity_RK, nearest_RK = (rows_RF @ train_MF.T).topk(most, dim=1)
         label_RK = train_label_M[nearest_RK]
         if protocol.weights == "exp":
@@ -158,11 +163,18 @@ def knn_scores(
     return {k: torch.cat(found) for k, found in scores.items()}
 
 
-def judge(train: LabelledFeatures, test: LabelledFeatures, protocol: KnnProtocol) -> dict[str, Any]:
+def judge(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    protocol: KnnProtocol,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """Top-1 and top-5 for each k, and the headline's top-1 of each class, all in [0, 1]."""
     label_N = align_labels(train, test)
     count = len(train.classes)
-    scores = knn_scores(train.features_NF, train.label_N, test.features_NF, count, protocol)
+    scores = knn_scores(
+        train.features_NF, train.label_N, test.features_NF, count, protocol, advance
+    )
     by_k = {}
     first_by_k = {}
     for k, score_NC in scores.items():
@@ -193,16 +205,36 @@ def knn_of_shards(  # noqa: PLR0913 (keywords, each named at the call)
     device: torch.device,
     batch: int = 256,
     cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+    threads: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The whole evaluation, and its protocol beside the figures.
 
+    Args:
+        judged: what makes features.
+        train: labelled shards that vote.
+        test: labelled shards that are judged.
+        protocol: of the vote.
+        device: where all is computed.
+        batch: pictures at a time.
+        cache: for shards behind a URL.
+        threads: of the CPU, for decoding; 0: all that this process may use.
+        advance: told how many more pictures have features, or that so far all is well with 0.
+
     Raises:
         InputError: if the shards lack labels or their classes differ.
     """
-    train_set = extract(judged, train, device=device, batch=batch, cache=cache, advance=advance)
-    test_set = extract(judged, test, device=device, batch=batch, cache=cache, advance=advance)
-    result = judge(train_set, test_set, protocol)
+    features_of = partial(
+        extract,
+        judged,
+        device=device,
+        batch=batch,
+        cache=cache,
+        threads=threads,
+        advance=advance,
+    )
+    train_set, test_set = features_of(train), features_of(test)
+    result = judge(train_set, test_set, protocol, advance)
     return {
         **result,
         "judged": judged.about,
