@@ -11,7 +11,7 @@ Letters in names: N images on this process, D embedding size, H W pixels.
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,18 @@ from rich.console import Console
 from torch import Tensor
 
 from eval.alarms import Alarms, settled_step
+from eval.hardware_watch import watch_hardware
 from eval.health_watch import HealthWatch
-from eval.judged import Judged
-from eval.knn import KnnProtocol, knn_of_shards
-from eval.meter import Meter
+from eval.meter import Meter, Totals
+from eval.online_knn import OnlineKnn
 from eval.plan_report import settings_or_plan
 from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
 from eval.run_report import RunReport
 from eval.run_start import mirror_of, open_run, refuse_uncopied
 from eval.step_log import StepLog
-from eval.tracking import track
-from eval.weights_source import eval_view_of, start_from, starting_weights
+from eval.tracking import Tracking, start_trackers
+from eval.weights_source import start_from, starting_weights
 from model.checkpoint import CheckpointError
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
@@ -50,7 +50,7 @@ from model.schedule import lr_at, momentum_at
 from model.step_guard import StepGuard
 from model.stopping import Agreement, StopRequest, exit_code, lost_rank_ends
 from model.watchdog import Watchdog
-from pipeline.data_config import cache_of, cpu_threads
+from pipeline.data_config import cpu_threads
 from pipeline.loader import PairBatch, PairLoader
 from pipeline.program import InputError, explain, run_program
 from pipeline.settings import to_plain
@@ -67,27 +67,29 @@ def main() -> None:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on CPUs would train each alone
         mixed_precision=config.precision,
-        log_with="tensorboard",
-        project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each process
         torch.set_num_threads(cpu_threads(config.data))
     console = Console() if accelerator.is_main_process else Console(quiet=True)
     found = open_run(config, output, manifest_sha256, accelerator, console)
+    first_step, is_main = found.step if found else 0, accelerator.is_main_process
 
     # First the loader: it reads ahead while the model is built.
-    with PairLoader(
-        config.data,
-        global_batch=config.batch,
-        seed=config.seed,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start_step=found.step if found else 0,
-        half=accelerator.device.type == "cuda" and config.precision != "no",
-        quarantine_path=quarantine_log(output, accelerator.process_index),
-    ) as loader:
+    with (
+        PairLoader(
+            config.data,
+            global_batch=config.batch,
+            seed=config.seed,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            start_step=first_step,
+            half=accelerator.device.type == "cuda" and config.precision != "no",
+            quarantine_path=quarantine_log(output, accelerator.process_index),
+        ) as loader,
+        start_trackers(config, output, first_step, console, is_main=is_main) as tracking,
+    ):
         torch.manual_seed(config.seed)
         moco = ENCODERS[config.moco.mechanism](
             config.encoder, config.moco, config.batch, config.seed, config.data.image_px,
@@ -118,10 +120,9 @@ def main() -> None:
         guard = StepGuard(moco, accelerator.scaler)
         guard.skipped = found.state.get("skipped_steps", 0) if found else 0
         watches = (watch_of(config, accelerator), guard)
-        run = Run(
-            config, output, accelerator, loader, wrapped, dictionary, optimizer, saver, *watches
-        )
-        train(run, first_step=found.step if found else 0, total_steps=total_steps, console=console)
+        rest = (saver, *watches, Totals(**found.state.get("totals", {})) if found else Totals())
+        run = Run(config, output, accelerator, loader, wrapped, dictionary, optimizer, *rest)
+        train(run, tracking, first_step=first_step, total_steps=total_steps, console=console)
     accelerator.end_training()
 
 
@@ -139,6 +140,7 @@ class Run:
     saver: Saver
     health: HealthWatch
     guard: StepGuard
+    before: Totals = field(default_factory=Totals)
 
     @cached_property
     def encoders(self) -> QueryEncoder:
@@ -153,18 +155,23 @@ class Run:
         return MicroBatches(self.moco, self.encoders, self.dictionary, *scales, *calls)
 
 
-def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> None:
+def train(
+    run: Run, tracking: Tracking, *, first_step: int, total_steps: int, console: Console
+) -> None:
     """The loop: from ``first_step`` steps done to ``total_steps``, or to a signal."""
     config = run.config
     stop, agreement = StopRequest(), Agreement(2)
-    meter = Meter(config.batch, run.loader.figures)
-    report = open_report(run, first_step, total_steps, console)
+    meter = Meter(
+        config.batch, run.loader.figures, run.before, watch_hardware(config, run.accelerator).values
+    )
+    report = open_report(run, tracking, first_step, total_steps, console)
     step, stopped_by = first_step, 0
     samples, skipped = (open_log(run, name, first_step) for name in ("samples", "skipped"))
     watchdog = Watchdog(
         run.output / f"hang-{run.accelerator.process_index}.txt", config.hang_seconds
     )
-    with report, samples, skipped, watchdog:
+    judge = open_judge(run, report)
+    with report, samples, skipped, watchdog, judge:
         while step < total_steps and not stopped_by:
             with meter.waiting_for_data():
                 batch = next(run.loader)
@@ -188,12 +195,11 @@ def train(run: Run, *, first_step: int, total_steps: int, console: Console) -> N
             stopped_by, save_wanted = agreement.on(stop.signal, run.saver.is_wanted())
             with meter.paused():
                 if is_due(step, config.save_every) or is_last or stopped_by or save_wanted:
-                    run.saver.save(step, identity(run))
-                if config.knn_train and (is_due(step, config.knn_every) or is_last):
-                    with watchdog.paused():
-                        report_knn(run, report, step)
-        report.finish()
-        with watchdog.paused():  # a copy may take long
+                    run.saver.save(step, identity(run, meter))
+                judge.after(step, is_last=is_last)
+        with watchdog.paused():  # a score may take long, and a copy
+            judge.finish(agreement, lambda: stopped_by or stop.signal)
+            report.finish()
             run.saver.finish()
     say_the_end(run, step, total_steps, stopped_by, console)
 
@@ -334,33 +340,20 @@ def report_health(run: Run, report: RunReport, step: int) -> None:
         report.health(step, found)
 
 
-def report_knn(run: Run, report: RunReport, step: int) -> None:
-    """Judge the query encoder as it is; on the main process, the others wait."""
-    config = run.config
-    if run.accelerator.is_main_process and config.knn_train and config.knn_test:
-        moco = run.encoders
-        protocol = KnnProtocol()
-        view = eval_view_of(config.data, protocol.interpolation)
-        judged = Judged(moco.encoder_q.backbone, view, {"encoder": "encoder_q", "step": step})
-        device = run.accelerator.device
-        result = knn_of_shards(
-            judged,
-            config.knn_train,
-            config.knn_test,
-            protocol,
-            device=device,
-            cache=cache_of(config.data),
-        )
-        report.knn(step, result["top1"])
-    run.accelerator.wait_for_everyone()
+def open_judge(run: Run, report: RunReport) -> OnlineKnn:
+    """What scores the query encoder meanwhile, on the main process."""
+    device, is_judge = run.accelerator.device, run.accelerator.is_main_process
+    backbone = run.encoders.encoder_q.backbone
+    return OnlineKnn(run.config, backbone, device, report, is_judge=is_judge)
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """What a checkpoint says about its run: settings, and which pictures in which order."""
+def identity(run: Run, meter: Meter) -> dict[str, Any]:
+    """What a checkpoint says about its run: settings, totals, which pictures in which order."""
     order = run.loader.order
     return {
         "config": to_plain(run.config),
         "skipped_steps": run.guard.skipped,
+        "totals": vars(meter.totals()),
         "data": {
             "manifest_sha256": run.loader.store.manifest.sha256,
             "samples": order.samples,
@@ -370,16 +363,17 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
-def open_report(run: Run, first_step: int, total_steps: int, console: Console) -> RunReport:
+def open_report(
+    run: Run, tracking: Tracking, first_step: int, total_steps: int, console: Console
+) -> RunReport:
     """The report of this process: only the main one writes."""
     accelerator = run.accelerator
-    accelerator.init_trackers("tensorboard")
     return RunReport(
         run.output if accelerator.is_main_process else None,
         f"{run.config.recipe} on {run.config.data.shards}",
         total_steps=total_steps,
         first_step=first_step,
-        track=partial(track, accelerator),
+        track=tracking.log,
         alarms=alarms_of(run),
         console=console,
     )

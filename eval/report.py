@@ -25,11 +25,12 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from rich.console import Console
 
+from eval.hardware_watch import describe_hardware
 from eval.judged import checkpoint_encoder
 from eval.recipes import RECIPES
 from eval.report_page import Page, curve_of, shown
 from eval.run_folder import ENVIRONMENT_NAME
-from eval.run_report import LOG_NAME
+from eval.run_report import LOG_NAME, duration
 from eval.step_log import logs_of
 from eval.weights_source import open_checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
@@ -52,7 +53,11 @@ MAIN_CURVES = {
     "learning_rate": "learning rate",
     "images_per_second": "images/s",
     "data_wait_share": "share of time waiting for data",
+    "model_flop_utilisation": "model FLOP utilisation",
+    "gpu_memory_peak_gib": "most GPU memory (GiB)",
 }
+# They only rise, or follow from another curve: facts at the top.
+NOT_DRAWN = {"images_seen", "training_seconds", "data_wait_share_so_far", "flops_per_second"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +108,46 @@ def add_curves(page: Page, lines: list[dict[str, Any]]) -> None:
     page.heading("Curves")
     names = [name for name in MAIN_CURVES if name in series]
     page.figures(curve_of(MAIN_CURVES[name], series[name]) for name in names)
-    rest = [name for name in series if name not in MAIN_CURVES]
+    rest = [name for name in series if name not in {*MAIN_CURVES, *NOT_DRAWN}]
     if rest:
         page.heading("Health of the dictionary, and what else was logged")
         page.figures(curve_of(name.replace("_", " "), series[name]) for name in rest)
-    if "knn_top1" in series:
-        page.heading("kNN history")
-        rows = [(f"{step:,}", f"{score:.2%}") for step, score in series["knn_top1"]]
+    judged = [line for line in lines if "knn_top1" in line or "knn_error" in line]
+    if judged:
+        page.heading("kNN history", "of the query encoder as it was after these steps")
+        rows = [
+            (f"{line['step']:,}", knn_of(line))
+            for line in sorted(judged, key=lambda line: float(line["step"]))
+        ]
         page.table(("step", "top-1"), rows)
+
+
+def knn_of(line: dict[str, Any]) -> str:
+    """What a logged line says of a kNN score."""
+    if "knn_top1" in line:
+        return f"{line['knn_top1']:.2%}"
+    return f"none: {line['knn_error']}"
+
+
+def facts_of(lines: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, str]:
+    """Figures for the top of the page; what the log of an earlier version lacks is left out."""
+    last = {name: value for line in lines for name, value in line.items()}
+    facts = {
+        "step": f"{max(line['step'] for line in lines):,}",
+        "loss": shown(last.get("loss")),
+        "kNN top-1": f"{last['knn_top1']:.2%}" if "knn_top1" in last else "not asked for",
+        "images/s": shown(last.get("images_per_second")),
+    }
+    if "images_seen" in last:
+        facts |= {
+            "images seen": f"{last['images_seen']:,.0f}",
+            "time of training": duration(last["training_seconds"]),
+            "waiting for data": f"{last['data_wait_share_so_far']:.1%}",
+        }
+    facts |= dict(describe_hardware(last))
+    if "trackers" in settings:
+        facts["trackers"] = ", ".join(settings["trackers"]) or "none"
+    return facts
 
 
 def add_views(page: Page, data: DataConfig, config: dict[str, Any], pictures: int) -> None:
@@ -223,18 +260,13 @@ def write_report(config: ReportConfig) -> Path:
     data = from_plain(DataConfig, settings["data"], f"{found.folder}:data")
     data = DataConfig(**{**vars(data), "shards": config.shards or data.shards})
     store = ShardStore(str(data.shards), cache_of(data))
-    last = {name: value for line in lines for name, value in line.items()}
     page = Page(f"{settings['recipe']}: {config.run.resolve().name}")
     facts = {
-        "step": f"{last['step']:,}",
-        "loss": shown(last.get("loss")),
-        "kNN top-1": f"{last['knn_top1']:.2%}" if "knn_top1" in last else "not asked for",
-        "images/s": shown(last.get("images_per_second")),
         "network": settings["encoder"]["backbone"],
         "pictures": f"{sum(store.shard_samples):,}",
         "checkpoint": found.folder.name,
     }
-    page.facts(facts)
+    page.facts(facts_of(lines, settings) | facts)
     for warning in warnings:
         page.note(warning)
     add_curves(page, lines)

@@ -11,6 +11,7 @@ from eval.features import require_labels
 from eval.learning_rate import about_lr
 from eval.run_config import TrainConfig
 from eval.small_data import about_fit
+from eval.tracking import require_trackers
 from eval.weights_source import starting_weights
 from model.checkpoint import Checkpoint
 from model.encoder import make_backbone
@@ -62,6 +63,7 @@ def check(config: TrainConfig) -> str:
     for shards in (config.knn_train, config.knn_test):
         if shards is not None:
             require_labels(ShardStore(shards, cache_of(config.data)))
+    require_trackers(config.trackers)
     return store.manifest.sha256
 
 

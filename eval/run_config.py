@@ -23,7 +23,7 @@ from pipeline.settings import from_plain, to_plain
 # watched, how fast; the length too, which stretches the schedule and is said aloud.
 MAY_CHANGE = {
     *("resume", "output", "mirror", "log_every", "log_samples", "health_every", "max_skipped"),
-    *("save_every", "save_minutes", "keep", "hang_seconds"),
+    *("save_every", "save_minutes", "keep", "hang_seconds", "trackers"),
     *("knn_train", "knn_test", "knn_every", "epochs", "steps", "precision"),
     *("compile", "channels_last", "micro_batch"),
     *(
@@ -76,6 +76,8 @@ class TrainConfig:
     """Steps between reports."""
     health_every: int = 5
     """Reports between looks at the dictionary (rank, ages, similarities); 0: never."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """What gets the curves; wandb and trackio are extras of these names."""
     log_samples: bool = False
     """Write the numbers of each step's samples to samples-RANK.jsonl."""
     save_every: int = 1000
@@ -90,7 +92,8 @@ class TrainConfig:
     keep: int = 3
     """Checkpoints that stay, at least 2."""
     knn_train: str | None = None
-    """Labelled shards that votes come from, for a kNN score during the run."""
+    """Labelled shards that votes come from, for a kNN score during the run, computed beside it.
+    Features lie on the device, 8 KB a picture for a ResNet-50."""
     knn_test: str | None = None
     """Labelled shards that are judged, for a kNN score during the run."""
     knn_every: int = 1000

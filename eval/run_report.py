@@ -21,6 +21,7 @@ from rich.text import Text
 
 from eval.alarms import Alarm, Alarms
 from eval.curve import draw_curve
+from eval.hardware_watch import describe_hardware
 from eval.health_watch import describe
 
 LOG_NAME = "run.jsonl"
@@ -140,6 +141,11 @@ class RunReport:
         if "pretext_accuracy" in self._latest:
             self._raise(step, self._alarms.knn(self._latest["pretext_accuracy"], top1))
 
+    def knn_failed(self, step: int, reason: str) -> None:
+        """Report that the encoder of ``step`` steps could not be judged; the run goes on."""
+        self._write(step, {"knn_error": reason})
+        self.note(f"step {step}: no kNN score, the run goes on: {reason}")
+
     def _raise(self, step: int, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             self._alarm = f"step {step}: {alarm.text}"
@@ -171,6 +177,11 @@ class RunReport:
             ("pretext accuracy", f"{values['pretext_accuracy']:.1%}"),
             ("speed", f"{values['images_per_second']:,.0f} images/s"),
             ("waiting for data", f"{values['data_wait_share']:.1%}"),
+            (
+                "so far",
+                f"{values['images_seen']:,.0f} images in {duration(values['training_seconds'])}",
+            ),
+            *describe_hardware(values),
             ("learning rate", f"{values['learning_rate']:.4g}"),
             ("kNN top-1", "not asked for" if self._knn is None else f"{self._knn:.2%}"),
             ("time left", self._time_left(step)),

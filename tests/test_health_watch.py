@@ -1,18 +1,13 @@
 """Looks at the dictionary: when, at what, and what a constant encoder leads to."""
 
-import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.alarms import Alarms
 from eval.health_watch import HealthWatch, bars, describe
-from eval.tracking import track
 from model.encoder import EncoderConfig
 from model.end_to_end import BatchKeys, EndToEnd
 from model.key_queue import KeyQueue
@@ -140,21 +135,3 @@ def test_the_distance_is_that_of_the_two_encoders():
 def test_bars_show_the_shape_of_a_histogram():
     assert bars([0, 0, 1, 1, 8, 8, 16, 16]) == "-1│ ▁▄█│1"
     assert bars([0.0] * 4) == "-1│  │1"
-
-
-def test_tensorboard_gets_curves_histograms_and_text(tmp_path):
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
-    accelerator.init_trackers("run")
-    counts = [0] * 38 + [3, 1]
-    track(accelerator, {"loss": 1.5, "positive_counts": counts}, 7)
-    track(accelerator, {"alarm": "collapse"}, 8)
-    accelerator.end_training()
-    (events,) = Path(tmp_path / "run").glob("events*")
-    found = EventAccumulator(str(events)).Reload()
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(7, 1.5)]
-    (histogram,) = found.Histograms("positive_counts")
-    value = histogram.histogram_value
-    assert (histogram.step, value.num) == (7, 4)
-    assert value.sum == pytest.approx(3 * 0.925 + 0.975)
-    assert list(itertools.compress(value.bucket_limit, value.bucket)) == pytest.approx([0.95, 1])
-    assert any("alarm" in tag for tag in found.Tags()["tensors"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval.meter import WARM_UP_STEPS, Meter
+from eval.meter import WARM_UP_STEPS, Meter, Totals
 from pipeline.loader_meter import LoaderFigures
 
 
@@ -50,6 +50,33 @@ def test_a_pause_counts_neither_as_time_nor_as_waiting(clock):
     meter.read()
     take_steps(meter, clock, 5, pause_s=1000.0)
     assert speed_of(meter) == pytest.approx({"images_per_second": 2.0, "data_wait_share": 0.25})
+
+
+def test_totals_count_every_step_and_second_but_pauses_and_what_was_before(clock):
+    before = Totals(images=800, training_s=100.0, waited_s=40.0)
+    meter = Meter(8, LoaderFigures, before)
+    clock.seconds += 1000.0  # until the first step
+    take_steps(meter, clock, 10, pause_s=7.0)
+    meter.read()
+    take_steps(meter, clock, 15, wait_s=2.0, work_s=1.0)
+    expected = Totals(images=800 + 25 * 8, training_s=100.0 + 40 + 45, waited_s=40.0 + 10 + 30)
+    assert meter.totals() == expected
+    values = meter.read()
+    assert values["images_seen"] == 1000
+    assert values["data_wait_share_so_far"] == pytest.approx(80 / 185)
+
+
+def test_what_follows_from_the_speed_is_asked_with_it(clock):
+    meter = Meter(8, LoaderFigures, of_speed=lambda speed: {"flops_per_second": 3 * speed})
+    take_steps(meter, clock, 10)
+    assert meter.read()["flops_per_second"] == 6.0
+
+
+def test_totals_before_the_first_step_are_those_before(clock):
+    before = Totals(images=800, training_s=100.0, waited_s=40.0)
+    meter = Meter(8, LoaderFigures, before)
+    clock.seconds += 1000.0
+    assert meter.totals() == before
 
 
 def test_a_reading_at_once_divides_by_nothing(clock):

@@ -41,7 +41,11 @@ def run(tmp_path_factory, shard_set):
     lines = [
         {"step": step, "loss": 3.0 - 0.1 * step, "pretext_accuracy": 0.1 * step, "key_norm": 1.0}
         for step in range(1, 7)
-    ] + [{"step": 6, "knn_top1": 0.625}]
+    ]
+    lines[-1] |= {"images_seen": 96.0, "training_seconds": 3725.0, "data_wait_share_so_far": 0.25}
+    lines[-1] |= {"flops_per_second": 1.5e12}
+    # A score comes when it is ready, after lines of later steps.
+    lines += [{"step": 5, "knn_error": "no memory"}, {"step": 4, "knn_top1": 0.625}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "run.jsonl").write_text(text + '{"step": 7, "lo')  # as a kill leaves it
     bad = {"step": 2, "shard": "shard-000000.tar", "index": 3, "key": HOSTILE, "reason": "broken"}
@@ -62,10 +66,19 @@ def test_the_page_has_every_part(page):
         *("Nearest neighbours", "Settings", "Environment", "Left out"),
     ]
     assert "loss (nats): 2.4" in page and "key norm: 1" in page
-    assert "<td>6</td><td>62.50%</td>" in page
+    assert '<td>4</td><td>62.50%</td></tr><tr class=""><td>5</td><td>none: no memory<' in page
     assert page.count("data:image/jpeg;base64,") == 3 * 5 + 3 * (1 + 4)
     assert "<td>packages.torch</td><td>9.8.7</td>" in page
     assert "1 bad samples, 1 steps" in page and "<td>broken</td><td>1</td>" in page
+
+
+def test_the_top_of_the_page_has_totals_and_the_last_step(page):
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["step"] == "6"
+    assert (facts["images seen"], facts["time of training"]) == ("96", "1 h 02 min")
+    assert (facts["waiting for data"], facts["arithmetic"]) == ("25.0%", "1.5 TFLOP/s")
+    assert (facts["trackers"], facts["kNN top-1"]) == ("tensorboard", "62.50%")
+    assert "images seen: 96" not in page  # no curve
 
 
 def test_the_settings_that_differ_from_the_recipe_stand_out(page):

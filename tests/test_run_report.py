@@ -16,6 +16,8 @@ VALUES = {
     "pretext_accuracy": 0.256,
     "images_per_second": 1234.5,
     "data_wait_share": 0.031,
+    "images_seen": 12_345_678.0,
+    "training_seconds": 3725.0,
     "learning_rate": 0.0123456,
 }
 
@@ -76,6 +78,17 @@ def test_a_plain_line_says_everything_once(make_report):
         "time left 0 s",
     ):
         assert line.count(part) == 1, part
+
+
+def test_arithmetic_and_gpu_memory_are_shown_where_they_are_known(make_report):
+    report, printed, _ = make_report()
+    gpu = {"flops_per_second": 1.5e12, "gpu_memory_gib": 3.0, "gpu_memory_peak_gib": 9.0}
+    with report:
+        report.steps(10, VALUES)
+        report.steps(20, VALUES | gpu)
+    first, second = (line for line in printed.getvalue().splitlines() if line.startswith("step"))
+    assert "arithmetic" not in first and "GPU" not in first
+    assert "arithmetic 1.5 TFLOP/s  GPU memory 3.0 GiB, at most 9.0  learning rate" in second
 
 
 def test_a_knn_score_has_a_line_of_its_own_and_stays_in_the_others(make_report):

@@ -206,8 +206,13 @@ def test_six_steps_are_three_and_a_resume_and_three_bit_by_bit(six_steps, shard_
     shutil.rmtree(killed / "step-000000006")  # killed after six steps, before they were saved
     trained(killed, shard_set, "--steps", "6", "--save-every", "3", "--resume")
     assert_same_checkpoint(killed, six_steps, 6)
-    names = ("loss", "pretext_accuracy", "learning_rate")
+    names = ("loss", "pretext_accuracy", "learning_rate", "images_seen")
     assert logged(killed, *names) == logged(six_steps, *names)
+    assert logged(killed, "images_seen")[-1] == [6, 48.0]
+    saved = load_checkpoint(killed / "step-000000003").state["totals"]
+    assert saved["images"] == 24
+    seconds = [seconds for _, seconds in logged(killed, "training_seconds")]
+    assert seconds == sorted(seconds) and seconds[2] < saved["training_s"] < seconds[3]
 
 
 def test_a_run_goes_on_in_micro_batches_and_says_so(six_steps, shard_set, tmp_path):
@@ -542,11 +547,18 @@ def test_a_run_leaves_its_settings_log_curve_and_checkpoints(six_steps):
 
 def test_a_knn_score_during_the_run_changes_nothing_of_it(six_steps, shard_set, tmp_path):
     judged = ("--knn-train", shard_set, "--knn-test", shard_set, "--knn-every", "2")
-    run = trained(tmp_path / "run", shard_set, "--steps", "6", "--save-every", "3", *judged)
-    assert_same_checkpoint(run, six_steps, 6)
-    scores = logged(run, "knn_top1")
-    assert [step for step, _ in scores] == [2, 4, 6]
-    assert all(0 <= score <= 1 for _, score in scores)
+    words = ("--data.shards", shard_set, "--steps", "6", "--save-every", "3", *judged)
+    done = command(*TINY, *words, "--output", tmp_path / "run")
+    assert (done.code, done.err) == (0, "")
+    assert_same_checkpoint(tmp_path / "run", six_steps, 6)
+    scores = logged(tmp_path / "run", "knn_top1")
+    left_out = re.findall(r"step (\d): no kNN score, that of step \d", done.out)
+    assert sorted([step for step, _ in scores] + [int(step) for step in left_out]) == [2, 4, 6]
+    assert scores[-1][0] == 6 and all(0 <= score <= 1 for _, score in scores)
+    # The last one is that of the checkpoint, by the program that judges it.
+    found = checkpoint_encoder(open_checkpoint(tmp_path / "run", pytest.fail), "bicubic")
+    result = knn_of_shards(found, shard_set, shard_set, KnnProtocol(), device=torch.device("cpu"))
+    assert scores[-1][1] == result["top1"]
 
 
 def test_the_untrained_encoder_of_an_evaluation_is_the_runs_own_at_step_0(shard_set, tmp_path):
@@ -854,11 +866,12 @@ def one_and_two(tmp_path_factory, shard_set):
     words = ["--data.shards", str(shard_set), "--steps", "4", "--batch", "16",
              "--moco.batch-norm-groups", "2", "--data.image-px", "64",
              "--data.eval-resize-px", "64"]  # fmt: skip
+    judged = ["--knn-train", str(shard_set), "--knn-test", str(shard_set), "--knn-every", "2"]
     environment = without_gpus(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=free_port())  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [*warm_python(), ROOT / "train.py", *TINY, *words, "--output", "run"],
+            [*warm_python(), ROOT / "train.py", *TINY, *words, "--output", "run", *judged],
             cwd=folder,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -957,6 +970,7 @@ def test_two_processes_speak_with_one_voice(one_and_two):
     lines = first.splitlines()
     assert sum(line.startswith("step 4/4") for line in lines) == 1
     assert sum("on 2 x cpu" in line for line in lines) == 1
+    assert sum(line.startswith("step 4: kNN top-1") for line in lines) == 1
     assert second == ""
 
 

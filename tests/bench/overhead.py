@@ -34,6 +34,7 @@ sys.path[0] = str(ROOT)
 
 import train
 from eval.recipes import RECIPES
+from eval.tracking import start_trackers
 from model.mechanism import make_dictionary
 from model.moco import MoCo
 from model.optimiser import make_optimiser
@@ -108,7 +109,7 @@ def main() -> None:
     steps = (TURNS + WARM_UP_TURNS) * TURN_STEPS + 1
     config = dataclasses.replace(RECIPES["demo"], steps=steps, save_every=10 * steps)
     with tempfile.TemporaryDirectory() as name:
-        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=name)
+        accelerator = Accelerator(cpu=True)
         loader = TurnsLoader(config)
         moco, dictionary, optimizer = pieces(config)
         wrapped = accelerator.prepare(moco)
@@ -119,7 +120,8 @@ def main() -> None:
             *(train.watch_of(config, accelerator), StepGuard(moco, None)),
         )  # type: ignore[call-arg]
         console = Console(file=io.StringIO())
-        train.train(run, first_step=0, total_steps=steps, console=console)
+        with start_trackers(config, Path(name), 0, console, is_main=True) as tracking:
+            train.train(run, tracking, first_step=0, total_steps=steps, console=console)
         accelerator.end_training()
     times = np.array(loader.times_s[WARM_UP_TURNS:])
     ratios = times[:, 1] / times[:, 0]
