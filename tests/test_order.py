@@ -197,3 +197,10 @@ def test_the_shards_ahead_are_those_of_the_coming_batches_by_first_use(order, st
         for ahead in range(step, step + steps):
             used += order.batch(ahead, rank, world).shard.tolist()
         assert order.shards_ahead(step, steps, rank, world).tolist() == list(dict.fromkeys(used))
+
+
+def test_what_is_kept_of_epochs_does_not_grow_with_them():
+    order = Order(np.full(10, 40), 8, 3, 2, 400)
+    for epoch in range(6):
+        order.batch(epoch * order.steps_per_epoch, 0, 1)
+    assert len(order._epoch_cache) <= 3
