@@ -7,6 +7,7 @@ plan (list and settings) is the same, else it begins anew.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from pipeline.shard_format import MANIFEST_NAME, ShardInfo, atomic_file, index_n
 WORK_NAME = ".packing"
 PLAN_NAME = "plan.json"
 IN_HAND_NAME = "in-hand-"  # and a shard's number: which of its pictures a worker decodes
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 OUR_LISTS = ("refused.jsonl", "changed.jsonl", "ignored.jsonl", "duplicates.jsonl")
 
 
@@ -112,6 +114,8 @@ def being_filled(output: Path, part: str = "") -> Iterator[Path]:
             keep = any(work.glob("done-*.json")) or getattr(error, "keep_folder", False)
             if not keep and not part:
                 _remove_all(output, made)
+            if isinstance(error, OSError) and error.errno in NO_ROOM and not error.filename:
+                error.filename = str(output)  # a failed write says what is wrong, but not where
             raise
 
 
