@@ -1,16 +1,17 @@
 """Pictures that are there twice: byte by byte (SHA-256), or to the eye (a perceptual hash).
 
-One more pass over the sources before packing, in parallel, gives each picture 24 bytes of
-fingerprint. A picture is a duplicate of an earlier one of the list that is kept itself, or of one
-in another source that it is compared with (training against test pictures).
+One more pass over the sources before packing, in parallel, gives each picture 25 bytes of
+fingerprint on the disk, where ``pipeline/duplicate_search.py`` compares them. A picture is a
+duplicate of an earlier one of the list that is kept itself, or of one in another source that it is
+compared with (training against test pictures).
 
 The perceptual hash is imagehash's ``phash``: the signs of the 8 x 8 lowest frequencies against
 their median. Copies in another size or quality differ in 0 to 4 of its 64 bits, different photos in
 about 32. Pictures of one colour all look the same to it.
 """
 
+import contextlib
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,20 +22,18 @@ import imagehash
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.entry_list import DROPPED_NAME, EntryList, ListInfo
+from pipeline.duplicate_search import DECODED, PRINT, UNDECODED, find_duplicates
+from pipeline.entry_list import DROPPED_NAME, EntryList, ListInfo, Numbers
 from pipeline.packing import read_picture
 from pipeline.program import InputError
 from pipeline.shard_format import atomic_file
 from pipeline.validate import Limits, RefusedError, decode_grey
 from pipeline.worker_pool import advance
 
-PRINT = np.dtype([("sha256", "<u8", 2), ("look", "<u8"), ("state", "u1")])
-UNREAD, UNDECODED, DECODED = 0, 1, 2
 ENTRIES_A_JOB = 4096
 LARGEST_DISTANCE = 8
 HASH_SIDE_PX = 128  # of the decoded picture; the hash itself works on 32
 DUPLICATES_NAME = "duplicates.jsonl"
-PAIRS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +69,22 @@ class PrintJob:
     limits: Limits
     look: bool
     """Also the perceptual hash, which needs decoding."""
+    folder: Path
+    """Where the fingerprints are kept; a packing that goes on and other parts find them there."""
 
     @property
     def path(self) -> Path:
-        """Where the fingerprints are kept; a packing that goes on finds them again."""
-        kind = "look" if self.look else "bytes"
-        name = f"prints-{self.listed.sha256[:16]}-{kind}-{self.first:012d}.npy"
-        return self.listed.folder.parent / name
+        """The file, named after all that its content depends on."""
+        depends_on = f"{self.listed.sha256} {self.limits} {self.look}"
+        digits = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+        return self.folder / f"prints-{digits}-{self.first:012d}.npy"
 
 
-def print_jobs(listed: ListInfo, limits: Limits, *, look: bool) -> list[PrintJob]:
+def print_jobs(listed: ListInfo, limits: Limits, folder: Path, *, look: bool) -> list[PrintJob]:
     """The stretches of a list."""
     firsts = range(0, listed.count, ENTRIES_A_JOB)
     return [
-        PrintJob(listed, first, min(first + ENTRIES_A_JOB, listed.count), limits, look)
+        PrintJob(listed, first, min(first + ENTRIES_A_JOB, listed.count), limits, look, folder)
         for first in firsts
     ]
 
@@ -121,116 +122,14 @@ def _print_of(data: bytes, limits: Limits, *, look: bool) -> tuple[NDArray[np.ui
     return digest, int(np.packbits(bits.reshape(-1)).view(">u8")[0]), DECODED
 
 
-def read_prints(jobs: list[PrintJob]) -> NDArray[np.void]:
-    """The fingerprints of a list, in its order."""
-    parts = [np.load(job.path, allow_pickle=False) for job in jobs]
-    joined: NDArray[np.void] = np.concatenate(parts) if parts else np.zeros(0, PRINT)
-    return joined
-
-
-def find_duplicates(
-    prints: NDArray[np.void], ours: int, distance: int
-) -> Iterator[tuple[int, int, int]]:
-    """Which of our pictures are duplicates, of which one, and in how many bits they differ.
-
-    Args:
-        prints: of the other sources first, then of ours, in the order of the lists.
-        ours: the place of our first one.
-        distance: most bits of the perceptual hash; -1: the bytes alone.
-
-    Yields:
-        Places of the duplicate and of the original; bits, or -1 for equal bytes. In order; an
-        original is no duplicate itself.
-    """
-    pairs = [_equal_bytes(prints)]
-    if distance >= 0:
-        pairs.append(_equal_looks(prints, distance))
-    duplicate, original, bits = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
-    order = np.lexsort((bits, original, duplicate))
-    gone: set[int] = set()
-    for late, early, difference in zip(
-        duplicate[order].tolist(), original[order].tolist(), bits[order].tolist(), strict=True
-    ):
-        if late >= ours and late not in gone and early not in gone:
-            gone.add(late)
-            yield late, early, difference
-
-
-Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-
-
-def _equal_bytes(prints: NDArray[np.void]) -> Pairs:
-    """Each picture with the first of the same bytes."""
-    read = np.flatnonzero(prints["state"] != UNREAD)
-    high, low = prints["sha256"][read].T
-    order = np.lexsort((read, low, high))
-    high, low, place = high[order], low[order], read[order]
-    starts = np.r_[True, (high[1:] != high[:-1]) | (low[1:] != low[:-1])][: len(place)]
-    first = place[starts][np.cumsum(starts) - 1]
-    again = first != place
-    return place[again], first[again], np.full(int(again.sum()), -1)
-
-
-def _equal_looks(prints: NDArray[np.void], distance: int) -> Pairs:
-    """All pairs whose hashes differ in at most ``distance`` bits.
-
-    Two such hashes agree in one of ``distance + 1`` bands of bits at least, so only those that
-    share a band are compared (Norouzi et al. 2012, section 2).
-    """
-    seen = np.flatnonzero(prints["state"] == DECODED)
-    looks, which = np.unique(prints["look"][seen], return_inverse=True)
-    order = np.lexsort((seen, which))
-    starts = np.searchsorted(which[order], np.arange(len(looks) + 1))
-    members = [seen[order[a:b]] for a, b in itertools.pairwise(starts.tolist())]
-    found: list[Pairs] = [  # of one hash: each with the first
-        (same[1:], np.full(len(same) - 1, same[0]), np.zeros(len(same) - 1, int))
-        for same in members
-        if len(same) > 1
-    ]
-    for one, other, bits in _near_hashes(looks, distance):
-        # The first of either hash stands for the others, which are its own duplicates.
-        early, late = sorted((int(members[one][0]), int(members[other][0])))
-        found.append((np.array([late]), np.array([early]), np.array([bits])))
-        rest = np.concatenate([members[one][1:], members[other][1:]])
-        rest = rest[rest > early]
-        found.append((rest, np.full(len(rest), early), np.full(len(rest), bits)))
-    if not found:
-        return (np.zeros(0, int),) * 3
-    late_all, early_all, bits_all = (np.concatenate(column) for column in zip(*found, strict=True))
-    return late_all, early_all, bits_all
-
-
-def _near_hashes(looks: NDArray[np.uint64], distance: int) -> Iterator[tuple[int, int, int]]:
-    """Pairs of different hashes, each once."""
-    edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
-    seen: set[tuple[int, int]] = set()
-    for low, high in itertools.pairwise(edges.tolist()):
-        mask = np.uint64((1 << (high - low)) - 1)
-        band = (looks >> np.uint64(low)) & mask
-        order = np.argsort(band, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0])
-        for start, end in itertools.pairwise([*starts.tolist(), len(order)]):
-            for one, other, bits in _near_of(looks, order[start:end], distance):
-                pair = (min(one, other), max(one, other))
-                if pair not in seen:
-                    seen.add(pair)
-                    yield *pair, bits
-
-
-def _near_of(
-    looks: NDArray[np.uint64], group: NDArray[np.int64], distance: int
-) -> Iterator[tuple[int, int, int]]:
-    rows = max(1, PAIRS_AT_ONCE // max(1, len(group)))
-    for start in range(0, len(group), rows):
-        some = group[start : start + rows]
-        bits = np.bitwise_count(looks[some][:, None] ^ looks[group][None])
-        one, other = np.nonzero((bits <= distance) & (some[:, None] < group[None]))
-        for a, b in zip(one.tolist(), other.tolist(), strict=True):
-            yield int(some[a]), int(group[b]), int(bits[a, b])
+def read_prints(jobs: list[PrintJob]) -> Iterator[NDArray[np.void]]:
+    """The fingerprints of lists, stretch by stretch."""
+    for job in jobs:
+        yield np.load(job.path, allow_pickle=False)
 
 
 def write_duplicates(
-    lists: list[ListInfo], prints: NDArray[np.void], config: CurationConfig
+    lists: list[ListInfo], prints: Iterator[NDArray[np.void]], config: CurationConfig
 ) -> tuple[int, int]:
     """List what is there twice beside the list of ours, which is the last, and mark it as dropped.
 
@@ -241,9 +140,16 @@ def write_duplicates(
     ours = sum(other.count for other in lists[:-1])
     readers = [EntryList(some.folder, some.count, 0) for some in lists]
     firsts = np.cumsum([0, *(some.count for some in lists)]).tolist()
-    counts, gone = [0, 0], []
-    with (listed.folder / DUPLICATES_NAME).open("wb") as file:
-        for late, early, bits in find_duplicates(prints, ours, config.near_duplicates):
+    counts = [0, 0]
+    folder = listed.folder / "search"
+    folder.mkdir()
+    found = find_duplicates(prints, firsts[-1], ours, config.near_duplicates, folder)
+    gone = listed.folder / (DROPPED_NAME if config.duplicates == "drop" else "reported")
+    with (
+        (listed.folder / DUPLICATES_NAME).open("wb") as file,
+        contextlib.closing(Numbers(gone)) as numbers,
+    ):
+        for late, early, bits in found:
             which = int(np.searchsorted(firsts, early, "right")) - 1
             row = {
                 "file": readers[-1].at(late - ours).name,
@@ -254,9 +160,7 @@ def write_duplicates(
                 row["in"] = config.against[which]
             file.write(json.dumps(row).encode() + b"\n")
             counts[bits >= 0] += 1
-            gone.append(late - ours)
+            numbers.add(late - ours)
     for reader in readers:
         reader.close()
-    if config.duplicates == "drop":
-        np.array(sorted(gone), np.uint64).tofile(listed.folder / DROPPED_NAME)
     return counts[0], counts[1]

@@ -32,6 +32,7 @@ _as_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one for e
 _ODD = re.compile(r"[^A-Za-z0-9_/-]")
 _HIDDEN = re.compile(r"(^|/)__+")
 _PAIR = struct.Struct("=QQ")
+NOTHING = np.zeros(0, np.uint64)
 STEMS_AT_ONCE = 1 << 20  # of which those that occur twice are looked for
 
 
@@ -76,7 +77,7 @@ class ListInfo:
     ignored: int
 
 
-class _Numbers:
+class Numbers:
     """A file of uint64 that is appended to."""
 
     def __init__(self, path: Path) -> None:
@@ -84,15 +85,18 @@ class _Numbers:
         self._waiting = array("Q")
 
     def add(self, value: int) -> None:
+        """Append."""
         self._waiting.append(value)
         if len(self._waiting) >= BUFFERED:
             self.flush()
 
     def flush(self) -> None:
+        """Write what is in memory."""
         self._waiting.tofile(self._file)
         del self._waiting[:]
 
     def close(self) -> None:
+        """Write the rest and close the file."""
         self.flush()
         self._file.close()
 
@@ -117,7 +121,7 @@ def write_list(
             for name in ("entries.jsonl", "ignored.jsonl")
         )
         places, stems = (
-            stack.enter_context(contextlib.closing(_Numbers(folder / name)))
+            stack.enter_context(contextlib.closing(Numbers(folder / name)))
             for name in ("places", "stems")
         )
         for entry in entries:
@@ -178,7 +182,7 @@ class EntryList:
         self._count = count
         self._order_key = hash_of(seed)
         dropped = folder / DROPPED_NAME
-        self._dropped = set(np.fromfile(dropped, np.uint64).tolist() if dropped.exists() else ())
+        self._dropped = np.fromfile(dropped, np.uint64) if dropped.exists() else NOTHING
 
     def close(self) -> None:
         """Close the files."""
@@ -195,19 +199,23 @@ class EntryList:
 
         Those that were dropped are passed over.
         """
-        places = np.arange(first, last, dtype=np.uint64)
-        for number in permute(places, self._count, self._order_key).tolist():
-            if number in self._dropped:
-                continue
+        numbers = permute(np.arange(first, last, dtype=np.uint64), self._count, self._order_key)
+        for number in numbers[~_are_among(numbers, self._dropped)].tolist():
             entry = self.at(number)
             yield key_of(entry.name, is_shared=self._is_shared(entry.name)), entry
 
     def _is_shared(self, name: str) -> bool:
         if not len(self._shared):
-            return False
-        stem = np.uint64(_stem_hash(name))
-        at = np.searchsorted(self._shared, stem)
-        return bool(at < len(self._shared) and self._shared[at] == stem)
+            return False  # as nearly always, at no cost
+        return bool(_are_among(np.array([_stem_hash(name)], np.uint64), self._shared)[0])
+
+
+def _are_among(values: UInts, ordered: UInts) -> NDArray[np.bool_]:
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    nearest = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    are_there: NDArray[np.bool_] = ordered[nearest] == values
+    return are_there
 
 
 def _stem_of(name: str) -> str:

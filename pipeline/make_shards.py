@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
-
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -37,7 +35,7 @@ from pipeline.curation import (
     write_duplicates,
 )
 from pipeline.entry_list import ListInfo, write_list
-from pipeline.pack_config import PackConfig, TooManyRefusedError
+from pipeline.pack_config import OtherPartsError, PackConfig, TooManyRefusedError
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
 from pipeline.picture_bar import Bar, run_with_bar
 from pipeline.program import InputError, run_program
@@ -45,6 +43,7 @@ from pipeline.shard_format import Manifest, atomic_file, write_manifest
 from pipeline.source_kinds import open_source
 from pipeline.sources import Source, SourceConfig
 from pipeline.unfinished import (
+    WORK_NAME,
     ShardResult,
     being_filled,
     finish,
@@ -66,6 +65,9 @@ def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
 
     Returns:
         The digests of the other sources' lists.
+
+    Raises:
+        OtherPartsError: if this is a part, and others have not looked at their pictures yet.
     """
     curation = config.curation
     if curation.duplicates == "keep":
@@ -77,17 +79,25 @@ def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
         source = open_source(other, SourceConfig())
         lists.append(list_source(source, folder, other, config.limits))
     lists.append(listed)
-    look = curation.near_duplicates >= 0
-    jobs = [print_jobs(some, config.limits, look=look) for some in lists]
-    bar = Bar(console, sum(some.count for some in lists))
+    look, folder = curation.near_duplicates >= 0, config.output / WORK_NAME
+    jobs = [print_jobs(some, config.limits, folder, look=look) for some in lists]
+    part, parts = config.part_of()
+    mine = [job for some in jobs for job in some][part::parts]
+    bar = Bar(console, sum(job.last - job.first for job in mine))
     try:
-        run_with_bar("comparing", take_prints, [job for some in jobs for job in some], bar, config)
+        run_with_bar("comparing", take_prints, mine, bar, config)
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was ended while it compared pictures, by one that crashes its decoder or for "
             "want of memory: pack without --duplicates, then pack the shards again with it"
         ) from error
-    prints = np.concatenate([read_prints(some) for some in jobs])
+    missing = sum(not job.path.exists() for some in jobs for job in some)
+    if missing:
+        raise OtherPartsError(
+            f"part {config.part} has compared its pictures, {missing} stretches of other parts are "
+            "missing: when those have run too, the same command packs"
+        )
+    prints = read_prints([job for some in jobs for job in some])
     exact, near = write_duplicates(lists, prints, curation)
     what = "duplicates left out" if curation.duplicates == "drop" else "duplicates kept"
     console.print(

@@ -20,6 +20,12 @@ class TooManyRefusedError(InputError):
     keep_folder = True  # what was refused can be looked up in it
 
 
+class OtherPartsError(InputError):
+    """A part has done what it can do before others have come as far."""
+
+    exit_code = 75  # "start me again", as of train.py
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """What to pack and how."""
@@ -40,7 +46,8 @@ class PackConfig:
     ray: bool = False
     """Run on the Ray cluster of RAY_ADDRESS, else on one that is started here (extra 'ray')."""
     part: str = ""
-    """3/64: only the third of 64 parts. When all are done, the command without it joins them."""
+    """3/64: only the third of 64 parts. When all are done, the command without it joins them. With
+    --duplicates each part runs twice: the first time it compares, and ends with exit code 75."""
     max_seconds: int = 300
     """Refuse a picture that takes longer than this. 0: wait for ever."""
     max_refused: float = 0.5
@@ -69,11 +76,6 @@ class PackConfig:
                 f"--workers {self.workers}: give 0 (all cores) or a number of processes"
             )
         self.part_of()
-        if self.part and self.curation.duplicates != "keep":
-            raise InputError(
-                f"--part {self.part} --duplicates {self.curation.duplicates}: a part does not see "
-                "the others' pictures; drop duplicates without parts, then pack the shards again"
-            )
 
     def part_of(self) -> tuple[int, int]:
         """Which part is packed, from 0, and of how many.

@@ -1,11 +1,19 @@
 import json
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from pipeline.curation import DECODED, PRINT, UNREAD, CurationConfig, find_duplicates
+from pipeline import curation, duplicate_search
+from pipeline.curation import CurationConfig
+from pipeline.duplicate_search import DECODED, PRINT, UNREAD, find_duplicates
+from pipeline.make_shards import pack
+from pipeline.pack_config import OtherPartsError, PackConfig
 from pipeline.program import InputError
 from pipeline.shard_format import read_manifest
 
@@ -22,7 +30,11 @@ def prints_of(rows):
 
 
 def found_in(rows, ours, distance):
-    return {late: early for late, early, _ in find_duplicates(prints_of(rows), ours, distance)}
+    prints = prints_of(rows)
+    stretches = (prints[start : start + 5] for start in range(0, len(prints), 5))
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_duplicates(stretches, len(rows), ours, distance, Path(folder))
+        return {late: early for late, early, _ in found}
 
 
 def plain_duplicates(rows, ours, distance):
@@ -51,12 +63,17 @@ def hashes_near_each_other():
     st.lists(st.none() | st.tuples(st.integers(0, 6), hashes_near_each_other()), max_size=14),
     st.integers(0, 4),
     st.sampled_from([-1, 0, 1, 3, 8]),
+    st.sampled_from([3, 1000]),
 )
-def test_duplicates_are_those_of_the_definition(rows, ours, distance):
+def test_duplicates_are_those_of_the_definition(rows, ours, distance, rows_at_once):
     # Equal bytes have equal looks.
     looks = {row[0]: row[1] for row in rows if row}
     rows = [row and (row[0], looks[row[0]]) for row in rows]
-    assert found_in(rows, ours, distance) == plain_duplicates(rows, ours, distance)
+    with (
+        patch.object(duplicate_search, "ROWS_AT_ONCE", rows_at_once),
+        patch.object(duplicate_search, "PAIRS_AT_ONCE", rows_at_once),
+    ):
+        assert found_in(rows, ours, distance) == plain_duplicates(rows, ours, distance)
 
 
 def test_a_chain_of_near_pictures_is_not_drawn_together():
@@ -122,6 +139,38 @@ def test_pictures_of_another_set_are_kept_out(twice, tmp_path, pack_source, draw
     assert sorted(rows) == ["7.jpg", "8.jpg", "a copy of 3.jpg", "smaller than 5.jpg"]
     assert rows["8.jpg"]["in"] == str(shards) and "in" not in rows["a copy of 3.jpg"]
     assert rows["7.jpg"]["duplicate_of"] == "7.jpg" and rows["7.jpg"]["how"] == "same bytes"
+
+
+def test_parts_look_at_their_pictures_first_and_drop_what_one_machine_drops(
+    twice, tmp_path, pack_source, monkeypatch
+):
+    monkeypatch.setattr(curation, "ENTRIES_A_JOB", 5)  # three stretches of the list
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(6):
+        (others / f"{number}.jpg").write_bytes((twice / "7.jpg").read_bytes())
+    kept_out = CurationConfig(duplicates="drop", near_duplicates=4, against=(str(others),))
+    settings = {"curation": kept_out, "shard_samples": 4}
+    alone = pack_source(twice, **settings)
+
+    def pack_part(part):
+        config = PackConfig(
+            source=str(twice), output=tmp_path / "parts", workers=1, part=part, **settings
+        )
+        return pack(config, Console(quiet=True))
+
+    for part in ("2/2", "2/2"):
+        with pytest.raises(OtherPartsError, match=r"part 2/2 .* 3 stretches of other parts"):
+            pack_part(part)
+    assert OtherPartsError.exit_code == 75
+    for part in ("1/2", "2/2"):
+        assert pack_part(part) is None
+    assert pack_part("") is not None
+    names = sorted(path.name for path in alone.iterdir())
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "parts" / name).read_bytes() == (alone / name).read_bytes(), name
+    assert "duplicates.jsonl" in names
 
 
 def test_what_cannot_be_decoded_is_nobodys_duplicate(twice, pack_source):
