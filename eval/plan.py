@@ -133,8 +133,8 @@ def make_plan(config: TrainConfig, plan: PlanConfig) -> Plan:
     network = network_of_process(
         config.encoder, config.moco, config.batch, processes, image_px, config.micro_batch
     )
+    checkpoint = checkpoint_bytes(config, network, order.samples, processes)
     memory = memory_of(config, network, length)
-    checkpoint = checkpoint_bytes(config, network, length, memory.optimiser)
     return Plan(
         recipe=config.recipe,
         backbone=config.encoder.backbone,
@@ -200,15 +200,15 @@ def dictionary_bytes(config: MoCoConfig, dim: int, pictures: int) -> tuple[int, 
 
 
 def checkpoint_bytes(
-    config: TrainConfig, network: QueryEncoder, length: Length, optimiser: int
+    config: TrainConfig, network: QueryEncoder, pictures: int, processes: int
 ) -> int:
     """Bytes of the tensors of a checkpoint; names and settings are some hundred KiB more."""
-    kept, _ = dictionary_bytes(config.moco, config.encoder.dim, length.pictures)
-    statistics = sum(
-        network.get_buffer(name).numel() for name in statistics_of(network)
-    )  # each process's own, beside their mean
-    own = length.processes * statistics * FLOAT32_BYTES if length.processes > 1 else 0
-    return bytes_of(network.state_dict().values()) + kept + optimiser + own
+    kept, _ = dictionary_bytes(config.moco, config.encoder.dim, pictures)
+    # Each process's own running statistics, beside their mean.
+    statistics = sum(network.get_buffer(name).numel() for name in statistics_of(network))
+    own = processes * statistics * FLOAT32_BYTES if processes > 1 else 0
+    encoders = bytes_of(network.state_dict().values())
+    return encoders + kept + optimiser_state(config.optimiser, network) + own
 
 
 def time_of(config: TrainConfig, plan: PlanConfig, length: Length, flops: StepFlops) -> Time | None:

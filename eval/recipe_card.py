@@ -16,7 +16,7 @@ import tyro
 if not __package__:  # run as a script: import from the repository root, not from eval/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.plan import Length, checkpoint_bytes
+from eval.plan import checkpoint_bytes
 from eval.plan_report import as_size
 from eval.recipe_facts import FACTS, LINEAR, Facts
 from eval.recipes import FITTED, RECIPES
@@ -24,7 +24,7 @@ from eval.run_config import TrainConfig
 from model.encoder import EncoderConfig
 from model.moco import MoCoConfig
 from model.step_flops import StepFlops, flops_of_step
-from model.step_memory import network_of_process, optimiser_state
+from model.step_memory import network_of_process
 from pipeline.command_line import parse_flags
 from pipeline.program import InputError, run_program
 from pipeline.shard_format import atomic_file
@@ -164,15 +164,7 @@ def checkpoint_of(config: TrainConfig, facts: Facts) -> int:
     """Bytes of a checkpoint."""
     image_px, gpus = config.data.image_px, facts.gpus
     network = network_of_process(config.encoder, config.moco, config.batch, gpus, image_px)
-    length = Length(
-        pictures=facts.data.pictures or 0,
-        batch=config.batch,
-        processes=gpus,
-        steps_per_epoch=1,
-        steps=1,
-        epochs=1,
-    )
-    return checkpoint_bytes(config, network, length, optimiser_state(config.optimiser, network))
+    return checkpoint_bytes(config, network, facts.data.pictures or 0, gpus)
 
 
 def commands(name: str, facts: Facts) -> Iterator[str]:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from eval.recipes import RECIPES
 from model.encoder import EncoderConfig
@@ -21,6 +20,7 @@ from model.step_memory import (
     optimiser_state,
     peak_of_step,
 )
+from tests.allocated import allocated_at_most
 
 CIFAR = RECIPES["cifar10"]
 
@@ -34,21 +34,6 @@ def step(network, views, precision):
         pairs = network(*views, 0)
     results = [out_ND for pair in pairs for out_ND in pair if out_ND.requires_grad]
     torch.autograd.backward(results, [torch.ones_like(out_ND) for out_ND in results])
-
-
-def allocated_at_most(network, views, precision):
-    """Bytes of the allocator above what there was, at the worst moment of a step."""
-    step(network, views, precision)  # kernels keep memory of their own from the first call on
-    network.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step(network, views, precision)
-    events = found.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize(
@@ -73,8 +58,10 @@ def test_the_planned_peak_is_that_of_the_allocator(precision, changes, micro_bat
     one = replace(moco, batch_norm="none")
     network = ENCODERS[moco.mechanism](encoder, one, pictures, 0, 32, micro_batch)
     views = [torch.randn(pictures, 3, 32, 32) for _ in range(2)]
-    # Scratch memory of kernels is real and not planned.
-    assert planned == pytest.approx(allocated_at_most(network, views, precision), rel=0.1)
+    step(network, views, precision)  # kernels keep memory of their own from the first call on
+    network.zero_grad()
+    allocated = allocated_at_most(lambda: step(network, views, precision))
+    assert planned == pytest.approx(allocated, rel=0.1)  # scratch memory is real and not planned
 
 
 def test_a_step_takes_the_activations_of_one_micro_batch():
