@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import hf_hub_url
-
 from pipeline.program import InputError
 
 SCHEMES = ("s3", "gs", "https", "http", "hf")
@@ -81,6 +79,9 @@ def http_form(url: str) -> str:
     """
     if not url.startswith("hf://"):
         return url
+    # Here, because it takes 0.1 s to import, a quarter of what make_shards takes to start.
+    from huggingface_hub import hf_hub_url
+
     repository, revision, path = split_hf(url)
     mark = "PATH"  # hf_hub_url wants a file and quotes it, the client quotes once more
     address = hf_hub_url(repository, mark, repo_type="dataset", revision=revision)
