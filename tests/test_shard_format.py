@@ -1,9 +1,11 @@
 import hashlib
 import itertools
 import json
+import os
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +159,30 @@ def test_a_shard_in_the_making_has_no_name_that_a_reader_looks_at(tmp_path):
     assert seen == [[], [".x.tar.part"], [".x.tar.part"]] and names_in(tmp_path) == [
         "x.index",
         "x.tar",
+    ]
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    # What a power cut leaves under a name is then whole; a kill cannot show the difference.
+    events, fsync, replace = [], os.fsync, Path.replace
+
+    def noted_fsync(handle):
+        fsync(handle)
+        events.append(("on the disk", Path(f"/proc/self/fd/{handle}").readlink().name))
+
+    def noted_replace(path, target):
+        events.append(("named", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_shard(tmp_path / "x.tar", SAMPLES)
+    assert events == [
+        ("on the disk", ".x.tar.part"),
+        ("on the disk", ".x.index.part"),
+        ("named", "x.tar"),
+        ("named", "x.index"),
+        ("on the disk", tmp_path.name),
     ]
 
 
