@@ -11,7 +11,7 @@ class Peak(NamedTuple):
     """Floating-point operations per second."""
 
     half: float
-    """float16, and bfloat16 where the GPU has it."""
+    """float16 and bfloat16."""
     single: float
     """float32: TF32 where there is one, which PyTorch's convolutions take unless told otherwise;
     its matrix products do not, so a ViT in float32 reaches less."""
@@ -34,9 +34,12 @@ PEAKS = {
     "T4": Peak(65e12, 8.1e12),
 }
 
+# Older than bfloat16 in their matrix units.
+FLOAT16_ONLY = {"V100-PCIE", "V100", "T4"}
+
 
 def peak_of(gpu: str, precision: str) -> float | None:
-    """Operations per second that a GPU could do at most; None for one that is not listed.
+    """Operations per second that a GPU could do at most; None where that is not listed.
 
     Args:
         gpu: its name, or a part of it that says which one: ``H100``, ``NVIDIA A100-SXM4-80GB``.
@@ -46,5 +49,7 @@ def peak_of(gpu: str, precision: str) -> float | None:
     for name, peak in PEAKS.items():
         wanted = name.upper().replace("-", " ").split()
         if all(word in words for word in wanted):
+            if precision == "bf16" and name in FLOAT16_ONLY:
+                return None
             return peak.single if precision == "no" else peak.half
     return None

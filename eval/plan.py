@@ -156,6 +156,10 @@ def make_plan(config: TrainConfig, plan: PlanConfig) -> Plan:
 def order_of(config: TrainConfig, plan: PlanConfig) -> tuple[Order, int | None]:
     """The order of a run, and the bytes of its shards; None where there are none yet."""
     if plan.pictures is None:
+        if config.data.shards is None:
+            raise InputError(
+                "no pictures: give --data.shards, or --plan.pictures N for a set not packed yet"
+            )
         store = open_store(config.data)
         order = make_order(store, config.data, config.batch, config.seed)
         return order, sum(shard.bytes for shard in store.manifest.shards)
@@ -252,7 +256,10 @@ def speed_of(
     peak = peak_of(gpu, config.precision)
     if peak is None:
         known = ", ".join(PEAKS)
-        raise InputError(f"--plan.gpu {gpu} is not known: one of {known}, or --plan.images-per-s")
+        raise InputError(
+            f"--plan.gpu {gpu}: its peak with --precision {config.precision} is not known; give "
+            f"one of {known}, or --plan.images-per-s"
+        )
     source = (
         f"an estimate, nothing was measured: {plan.utilisation:.0%} of the {peak / 1e12:,.0f} "
         f"TFLOP/s of {gpu} with --precision {config.precision}"

@@ -126,7 +126,11 @@ def test_a_file_that_does_not_fit_is_refused(case, tmp_path):
 
 
 REFUSED = {
-    "an unknown GPU": (["--plan.gpu", "Abacus"], "Abacus is not known: one of B200, "),
+    "an unknown GPU": (["--plan.gpu", "Abacus"], "Abacus: its peak .* give one of B200, "),
+    "a GPU without bfloat16": (
+        ["--plan.gpu", "V100", "--precision", "bf16"],
+        "V100: its peak with --precision bf16 is not known",
+    ),
     "a price alone": (["--plan.price", "2"], r"--plan.price 2.0 needs a speed"),
     "no processes": (["--plan.processes", "0"], "--plan.processes 0: give a number of at least 1"),
     "a share above 1": (["--plan.utilisation", "3"], "at most 1"),
@@ -143,6 +147,11 @@ def test_wrong_settings_of_a_plan_are_refused(case):
     flags, message = REFUSED[case]
     with pytest.raises((ValueError, OSError), match=message):
         settings_or_plan(["demo", "--plan", "--plan.pictures", "4000", *flags], "")
+
+
+def test_a_plan_needs_pictures_or_their_number():
+    with pytest.raises(InputError, match=r"no pictures: give --data.shards, or --plan.pictures N"):
+        make_plan(TINY, PlanConfig())
 
 
 def test_settings_of_a_plan_start_no_run():

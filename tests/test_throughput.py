@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from eval import throughput
+from eval.plan import read_roofline
+from eval.recipes import RECIPES
 from eval.throughput import TITLES
 
 PROGRAM = Path(throughput.__file__)
@@ -57,6 +59,7 @@ def test_every_part_has_a_speed_and_one_of_them_limits(
     # Thirty epochs of five steps of eight.
     assert found["hours"] == pytest.approx(1200 / speeds["together"]["median"] / 3600)
     assert found["samples"] == 40 and found["setting"]["image_px"] == 32
+    assert read_roofline(figures, RECIPES["demo"]) == speeds["together"]["median"]
     with Image.open(picture) as image:
         assert image.format == "PNG" and image.width > 400
     said = capsys.readouterr().out
