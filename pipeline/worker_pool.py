@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for_process
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.sharedctypes import Synchronized
@@ -85,6 +85,8 @@ def warm_up(work: Callable[[Any], Any]) -> ForkServerContext | SpawnContext:
     """
     forkserver.set_forkserver_preload([work.__module__])
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # The server starts it where it does not run, which lets Ctrl-C through again.
+    resource_tracker.ensure_running()
     try:
         with _without_ctrl_c(), _environment(PYTHONPATH=path, OPENBLAS_NUM_THREADS="1"):
             forkserver.ensure_running()
