@@ -80,7 +80,16 @@ def parse_with_recipe(
         fit = partial(fitted, pictures=pictures, batch=asked.run.batch)
         default, rest = recipe_of(arguments, fit)
         asked = parse_flags(kind, about_recipes(about, default), rest, kind(run=default))
-    return replace(asked, run=with_own_lr(asked.run, default, rest))
+    run = with_own_length(with_own_lr(asked.run, default, rest), rest)
+    return replace(asked, run=run)
+
+
+def with_own_length(config: TrainConfig, flags: list[str]) -> TrainConfig:
+    """Settings where --epochs wins over the steps of a recipe or a file, as every flag does."""
+    given = {flag.partition("=")[0] for flag in flags}
+    if "--epochs" in given and "--steps" not in given:
+        return replace(config, steps=None)
+    return config
 
 
 def about_recipes(about: str, default: TrainConfig) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from eval.recipes import RECIPES
+from eval.run_arguments import parse_arguments
 from eval.run_config import TrainConfig
 from model.encoder import Encoder
 from model.lars import Lars
@@ -212,6 +213,20 @@ def test_a_recipe_survives_the_way_through_json(recipe):
     plain = json.loads(json.dumps(to_plain(config)))
     assert from_plain(TrainConfig, plain, "here") == config
     assert config.recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ([], 1_250_000),
+        (["--epochs", "3"], None),
+        (["--epochs=3"], None),
+        (["--steps", "7"], 7),
+        (["--epochs", "3", "--steps", "7"], 7),
+    ],
+)
+def test_epochs_that_are_given_win_over_the_steps_of_a_recipe(flags, steps):
+    assert parse_arguments(["moco-v1-ig1b", *flags], "").run.steps == steps
 
 
 # What follows from the numbers -------------------------------------------------------------------
