@@ -28,6 +28,7 @@ class Mirror:
         url: of a folder in an object store, for this run alone.
         keep: copies that stay.
         failed: told of a checkpoint's folder that could not be copied, and why; from the thread.
+        awaited: told of folders that ``finish`` waits for.
         policy: of retries, for each checkpoint.
     """
 
@@ -37,11 +38,13 @@ class Mirror:
         *,
         keep: int,
         failed: Callable[[Path, str], None],
+        awaited: Callable[[frozenset[Path]], None] = lambda _: None,
         policy: RetryPolicy | None = None,
     ) -> None:
         self.url = url
         self._keep = max(keep, 2)
         self._failed = failed
+        self._awaited = awaited
         self._policy = policy or PATIENCE
         self._lock = threading.Lock()
         self._next: Path | None = None
@@ -67,6 +70,7 @@ class Mirror:
         with self._lock:
             thread = self._thread
         if thread is not None:
+            self._awaited(self.in_hand())
             thread.join()
 
     def _copy_all(self) -> None:
@@ -121,7 +125,13 @@ def remove_old(remote: WritableFolder, step: int, keep: int) -> None:
     """
     sizes = remote.tree()
     kept = [done for done in complete_steps(sizes) if done <= step][-keep:]
-    for name in sorted(sizes, key=lambda name: not name.endswith(MANIFEST_NAME)):
-        found = step_in(name.split("/")[0]) if "/" in name else None
-        if found is not None and found <= step and found not in kept:
-            remote.delete([name])
+    old = [name for name in sizes if is_old(name, step, kept)]
+    is_manifest = [name.endswith(MANIFEST_NAME) for name in old]
+    remote.delete([name for name, first in zip(old, is_manifest, strict=True) if first])
+    remote.delete([name for name, first in zip(old, is_manifest, strict=True) if not first])
+
+
+def is_old(name: str, step: int, kept: list[int]) -> bool:
+    """Whether a file belongs to a checkpoint up to ``step`` that is not kept."""
+    found = step_in(name.split("/")[0]) if "/" in name else None
+    return found is not None and found <= step and found not in kept

@@ -18,10 +18,10 @@ from model.encoder import make_backbone
 from model.moco import count_micro_batches, groups_per_process
 from pipeline.data_config import cache_of, make_order, open_store
 from pipeline.loader import PairLoader
+from pipeline.location import writable_location
 from pipeline.order import Order
 from pipeline.program import InputError
 from pipeline.shard_store import ShardStore
-from pipeline.writable_folder import writable_location
 
 
 def require_output(config: TrainConfig) -> Path:

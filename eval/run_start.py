@@ -86,10 +86,21 @@ def mirror_of(
     """What copies the run's checkpoints, on the first process; it begins with the one found."""
     if not config.mirror or not accelerator.is_main_process:
         return None
-    mirror = Mirror(config.mirror, keep=config.keep, failed=partial(say_not_copied, console))
+    mirror = Mirror(
+        config.mirror,
+        keep=config.keep,
+        failed=partial(say_not_copied, console),
+        awaited=partial(say_awaited, console, config.mirror),
+    )
     if found is not None and found.folder.parent == config.output:
         mirror.take(found.folder)
     return mirror
+
+
+def say_awaited(console: Console, url: str, folders: frozenset[Path]) -> None:
+    """Tell what a run that is at its end still does."""
+    names = ", ".join(sorted(folder.name for folder in folders))
+    console.print(f"copying {names} to {url} ...", soft_wrap=True, markup=False, emoji=False)
 
 
 def say_not_copied(console: Console, folder: Path, reason: str) -> None:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pipeline.program import InputError
 
+WRITABLE = ("s3://", "gs://")
 SCHEMES = ("s3", "gs", "https", "http", "hf")
 # One letter before the colon is a Windows drive.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
@@ -51,6 +52,18 @@ def as_location(text: str | Path) -> Path | str:
     location = f"{scheme}://{parts.netloc}{parts.path}".rstrip("/")
     if scheme == "hf":
         split_hf(location)
+    return location
+
+
+def writable_location(url: str) -> str:
+    """The URL, without a slash at its end.
+
+    Raises:
+        InputError: if it is not of a service that can be written to.
+    """
+    location = as_location(url)
+    if not isinstance(location, str) or not location.startswith(WRITABLE):
+        raise InputError(f"{url}: give s3:// or gs://, a bucket and a folder")
     return location
 
 

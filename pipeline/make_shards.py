@@ -6,7 +6,7 @@ SOURCE is a folder ``class/picture`` or a flat one, ImageNet's tars as they are 
 WebDataset shards, a table, a list or a data set of torchvision. Every picture is decoded once; what
 is broken is left out and listed in OUTPUT/refused.jsonl with its reason. The same pictures give the
 same bytes, whatever the number of processes. The same command goes on with a packing that was
-stopped.
+stopped. OUTPUT is a folder, or s3://BUCKET/FOLDER or gs://..., to which each shard is uploaded.
 """
 
 import json
@@ -16,7 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: import from the repository root, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,10 +38,10 @@ from pipeline.curation import (
 )
 from pipeline.entry_list import ListInfo, write_list
 from pipeline.pack_config import OtherPartsError, PackConfig, TooManyRefusedError
-from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed
+from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed, with_entries
 from pipeline.picture_bar import Bar, run_with_bar
 from pipeline.program import InputError, run_program
-from pipeline.shard_format import Manifest, atomic_file, write_manifest
+from pipeline.shard_format import MANIFEST_NAME, Manifest, atomic_file, write_manifest
 from pipeline.source_kinds import open_source
 from pipeline.sources import Source, SourceConfig
 from pipeline.unfinished import (
@@ -47,12 +49,17 @@ from pipeline.unfinished import (
     ShardResult,
     being_filled,
     finish,
+    forget_finished,
     read_result,
     refuse_foreign,
     take_up,
+    write_result,
 )
 from pipeline.validate import Limits
 from pipeline.worker_pool import warm_up
+
+if TYPE_CHECKING:
+    from pipeline.packed_store import PackedStore
 
 REFUSED_NAME = "refused.jsonl"
 CHANGED_NAME = "changed.jsonl"
@@ -79,13 +86,15 @@ def curate(listed: ListInfo, config: PackConfig, console: Console) -> list[str]:
         source = open_source(other, SourceConfig())
         lists.append(list_source(source, folder, other, config.limits))
     lists.append(listed)
-    look, folder = curation.near_duplicates >= 0, config.output / WORK_NAME
+    look, folder = curation.near_duplicates >= 0, config.folder / WORK_NAME
     jobs = [print_jobs(some, config.limits, folder, look=look) for some in lists]
     part, parts = config.part_of()
     mine = [job for some in jobs for job in some][part::parts]
     bar = Bar(console, sum(job.last - job.first for job in mine))
+    # Lists and prints are in a folder, which a cluster has only where it is the output.
+    here = replace(config, ray=config.ray and not config.url)
     try:
-        run_with_bar("comparing", take_prints, mine, bar, config)
+        run_with_bar("comparing", take_prints, mine, bar, here)
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was ended while it compared pictures, by one that crashes its decoder or for "
@@ -115,23 +124,25 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
     total = plan.count
     refused: list[tuple[str, str]] = []
 
-    def take(_: int, result: ShardResult) -> None:
+    def take(place: int, result: ShardResult) -> None:
+        if result.place:  # else it was written where the shard is
+            write_result(config.folder, numbers[place], result)
         refused.extend(result.refused)
         if len(refused) > config.max_refused * total:
-            write_rows(config.output / REFUSED_NAME, refused, "reason")
+            write_rows(config.folder / REFUSED_NAME, refused, "reason")
             raise too_many_refused(refused, total, config)
 
     guard = CrashGuard(plan, config.max_seconds)
     guard.begin()
     while numbers:
         ahead = total - sum(last - first for first, last in map(plan.places_of, numbers))
-        bar = Bar(console, total, ahead, take, guard.watch)
+        bar = Bar(console, total, ahead, take, guard.watch, with_entries)
         jobs = [ShardJob(plan, number) for number in numbers]
         try:
             run_with_bar("packing", pack_shard, jobs, bar, config)
         except BrokenProcessPool:
             guard.settle()
-        numbers = [number for number in numbers if not read_result(config.output, number)]
+        numbers = [number for number in numbers if not read_result(config.folder, number)]
 
 
 def write_rows(path: Path, rows: Iterable[tuple[str, str]], what: str) -> None:
@@ -149,7 +160,7 @@ def too_many_refused(
     kind, count = Counter(kind_of(reason) for _, reason in refused).most_common(1)[0]
     return TooManyRefusedError(
         f"{len(refused)} of {pictures} pictures of {config.source} were refused, {count} of them: "
-        f"{kind}; {config.output / REFUSED_NAME} lists them, --max-refused raises the limit"
+        f"{kind}; {config.folder / REFUSED_NAME} lists them, --max-refused raises the limit"
     )
 
 
@@ -199,7 +210,7 @@ def plan_for(source: Source, listed: ListInfo, config: PackConfig) -> Plan:
     """Which classes and how many shards there will be."""
     classes = classes_of(source, listed, config)
     return Plan(
-        output=config.output,
+        output=config.folder,
         list_folder=listed.folder,
         count=listed.count,
         shards=shards_needed(
@@ -209,6 +220,7 @@ def plan_for(source: Source, listed: ListInfo, config: PackConfig) -> Plan:
         classes=tuple(classes),
         limits=config.limits,
         form=config.form,
+        url=config.url,
     )
 
 
@@ -224,12 +236,14 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
         OSError: if the output cannot be written.
     """
     started = time.monotonic()
-    refuse_foreign(config.output)
+    store = packed_store(config)
+    refuse_foreign(config.folder)
     source = open_source(str(config.source), config.reading)
     if not config.ray:
         warm_up(pack_shard)  # while the source is listed
-    part = config.part_name()
-    with being_filled(config.output, part) as list_folder:
+    # Scratch of a part is its own: nobody else is in it.
+    part = "" if store else config.part_name()
+    with being_filled(config.folder, part) as list_folder:
         listed = list_source(source, list_folder, config.source, config.limits)
         against = curate(listed, config, console)
         plan = plan_for(source, listed, config)
@@ -238,52 +252,91 @@ def pack(config: PackConfig, console: Console) -> Manifest | None:
             "classes": plan.classes,
             "made_by": config.made_by(),
         }
-        take_up(config.output, agreed, part)
+        take_up(config.folder, agreed, part)
+        if store:
+            forget_finished(config.folder)
+            store.take_up(agreed, config.part_name(), config.folder)
+            plan = replace(plan, agreed=agreed)
         number, parts = config.part_of()
         mine = range(number, plan.shards, parts)
-        missing = [number for number in mine if not read_result(config.output, number)]
+        missing = [number for number in mine if not read_result(config.folder, number)]
         if len(missing) < len(mine):
             console.print(f"{len(mine) - len(missing)} of {len(mine)} shards are finished already")
         try:
             pack_all(plan, missing, config, console)
         except BaseException:
-            done = sum(1 for number in mine if read_result(config.output, number))
+            done = sum(1 for number in mine if read_result(config.folder, number))
             if done:
                 line = f"{done} of {len(mine)} shards are finished: the same command goes on"
                 console.print(line, style="yellow")
             raise
-        if part:
+        if config.part:
             console.print(f"part {config.part}: {len(mine)} of {plan.shards} shards are finished")
+            clear_scratch(config)
             return None
-        return join(plan, listed, config, console, time.monotonic() - started)
+        return join(plan, listed, config, console, started, store)
+
+
+def packed_store(config: PackConfig) -> "PackedStore | None":
+    """Where shards are brought to, unless they stay in a folder; seen to be free for them.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not config.url:
+        return None
+    # Here, because the clients of object stores take 0.15 s to import.
+    from pipeline.packed_store import PackedStore
+
+    store = PackedStore(config.url)
+    store.refuse_foreign()
+    (config.folder / MANIFEST_NAME).unlink(missing_ok=True)  # of one killed before it was uploaded
+    return store
+
+
+def clear_scratch(config: PackConfig) -> None:
+    """Take away the folder that shards were made in, where they did not stay."""
+    if config.url:
+        shutil.rmtree(config.folder)
 
 
 def join(
-    plan: Plan, listed: ListInfo, config: PackConfig, console: Console, seconds: float
+    plan: Plan,
+    listed: ListInfo,
+    config: PackConfig,
+    console: Console,
+    started: float,
+    store: "PackedStore | None",
 ) -> Manifest:
     """Write the lists and the manifest of shards that are all finished, and a report."""
+    output = config.folder
     refused: list[tuple[str, str]] = []
     changed: list[tuple[str, str]] = []
-    shards = []
+    shards, results = [], []
     for number in range(plan.shards):
-        result = read_result(config.output, number)
+        result = read_result(output, number)
         if result is None:
             raise OSError(f"shard {number} is gone: run the same command again")
+        results.append(result)
         refused += result.refused
         changed += result.changed
         shards += [result.info] if result.info else []
-    write_rows(config.output / REFUSED_NAME, sorted(refused), "reason")
+    write_rows(output / REFUSED_NAME, sorted(refused), "reason")
     if len(refused) > config.max_refused * plan.count or not shards:
         raise too_many_refused(refused, plan.count, config)
-    write_rows(config.output / CHANGED_NAME, sorted(changed), "change")
+    write_rows(output / CHANGED_NAME, sorted(changed), "change")
     for name in (IGNORED_NAME, DUPLICATES_NAME):
         path = listed.folder / name
         if path.exists() and path.stat().st_size:
-            with atomic_file(config.output / name) as file, path.open("rb") as found:
+            with atomic_file(output / name) as file, path.open("rb") as found:
                 shutil.copyfileobj(found, file)
-    manifest = write_manifest(config.output, shards, plan.classes, config.made_by())
-    finish(config.output)
+    manifest = write_manifest(output, shards, plan.classes, config.made_by())
+    if store:
+        store.finish(output, results)
+    finish(output)
+    seconds = time.monotonic() - started
     console.print(report(plan, listed, manifest, refused, changed, seconds))
+    clear_scratch(config)
     if refused:
         console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
     return manifest

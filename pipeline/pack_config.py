@@ -1,5 +1,8 @@
 """What to pack and how: every flag of make_shards."""
 
+import hashlib
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +11,7 @@ import tyro
 
 from pipeline.command_line import require_at_least_1
 from pipeline.curation import CurationConfig
+from pipeline.location import as_location, writable_location
 from pipeline.program import InputError
 from pipeline.sources import SourceConfig
 from pipeline.validate import Limits, StoredForm
@@ -33,8 +37,11 @@ class PackConfig:
     source: Annotated[str, tyro.conf.Positional]
     """Folder of pictures (class/picture, or flat); a tar, or a folder of tars; a table of paths
     (.csv, .tsv, .jsonl, .parquet); torchvision:NAME[:SPLIT]; - for paths on standard input."""
-    output: Annotated[Path, tyro.conf.Positional]
-    """Folder for the shards: new, empty or left unfinished."""
+    output: Annotated[str | Path, tyro.conf.Positional]
+    """Folder for the shards, or s3://BUCKET/FOLDER or gs://...: new, empty or left unfinished."""
+    scratch: Path | None = None
+    """With a URL: local folder where shards are made and from which they are uploaded, a few at a
+    time. Default: one of the system's temporary folder."""
     shard_mib: int = 256
     """Size of a shard, in MiB of source files, on average."""
     shard_samples: int = 10_000
@@ -75,7 +82,34 @@ class PackConfig:
             raise InputError(
                 f"--workers {self.workers}: give 0 (all cores) or a number of processes"
             )
+        if self.url:
+            writable_location(self.url)
+        if self.scratch is not None and not self.url:
+            raise InputError(
+                f"--scratch {self.scratch}: {self.output} is a folder, shards are made in it: "
+                "leave --scratch out, or give s3://BUCKET/FOLDER"
+            )
+        if self.url and self.part and self.curation.duplicates != "keep":
+            raise InputError(
+                f"--part {self.part} --duplicates {self.curation.duplicates}: parts compare their "
+                f"pictures in a folder that they share, {self.output} is none; pack without parts"
+            )
         self.part_of()
+
+    @property
+    def url(self) -> str:
+        """Where the shards are brought when they are made, "" if they stay in the folder."""
+        location = as_location(self.output)
+        return location if isinstance(location, str) else ""
+
+    @property
+    def folder(self) -> Path:
+        """Where shards are made."""
+        if not self.url:
+            return Path(self.output)
+        scratch = self.scratch or Path(tempfile.gettempdir())
+        name = hashlib.sha256(f"{self.url} {self.part} {os.getuid()}".encode()).hexdigest()[:16]
+        return scratch / f"mocostream-packing-{name}"
 
     def part_of(self) -> tuple[int, int]:
         """Which part is packed, from 0, and of how many.

@@ -12,21 +12,22 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.entry_list import WHOLE_FILE, Entry, EntryList
 from pipeline.picture_header import BadHeaderError, read_header
-from pipeline.shard_format import NO_LABEL, Sample, index_name, write_shard
+from pipeline.shard_format import NO_LABEL, Sample, write_shard
 from pipeline.torchvision_source import SCHEME, picture_of
 from pipeline.unfinished import (
     WORK_NAME,
     ShardResult,
     blamed_path,
     in_hand_path,
+    remove_shard,
     shard_name,
     write_result,
 )
@@ -52,6 +53,10 @@ class Plan:
     classes: tuple[str, ...]
     limits: Limits
     form: StoredForm
+    url: str = ""
+    """Where shards are brought when they are made, "" if they stay in ``output``."""
+    agreed: dict[str, Any] = field(default_factory=dict)
+    """What the next run compares its own plan with."""
 
     def places_of(self, number: int) -> tuple[int, int]:
         """The first place of a shard in the shuffled order, and the first of the next."""
@@ -64,6 +69,24 @@ class ShardJob:
 
     plan: Plan
     number: int
+    entries: tuple[tuple[str, Entry], ...] | None = None
+    """Its pictures with their keys, for a machine that has not the list."""
+
+
+def with_entries(job: ShardJob) -> ShardJob:
+    """The job with its part of the list."""
+    return replace(job, entries=tuple(_entries_of(job)))
+
+
+def _entries_of(job: ShardJob) -> Generator[tuple[str, Entry], None, None]:
+    if job.entries is not None:
+        yield from job.entries
+        return
+    entries = EntryList(job.plan.list_folder, job.plan.count, job.plan.seed)
+    try:
+        yield from entries.read(*job.plan.places_of(job.number))
+    finally:
+        entries.close()
 
 
 def shards_needed(total_bytes: int, count: int, shard_bytes: int, shard_samples: int) -> int:
@@ -77,15 +100,18 @@ def pack_shard(job: ShardJob) -> ShardResult:
     Raises:
         OSError: if the shard cannot be written; nothing of it is left then.
     """
-    result = ShardResult()
-    path = job.plan.output / shard_name(job.number)
+    plan, result = job.plan, ShardResult(place=job.plan.url)
+    (plan.output / WORK_NAME).mkdir(parents=True, exist_ok=True)  # on another machine's disk
     try:
-        result.info = write_shard(path, _samples(job, result))
-        write_result(job.plan.output, job.number, result)
+        result.info = write_shard(plan.output / shard_name(job.number), _samples(job, result))
+        if plan.url:
+            # Here, because the clients of object stores take a worker 0.15 s to import.
+            from pipeline.packed_store import bring
+
+            bring(plan.output, plan.url, job.number, result, plan.agreed)
+        write_result(plan.output, job.number, result)
     except BaseException:
-        for name in (path.name, index_name(path.name)):
-            with contextlib.suppress(OSError):
-                path.with_name(name).unlink(missing_ok=True)
+        remove_shard(plan.output, job.number)
         raise
     return result
 
@@ -118,10 +144,10 @@ def _samples(job: ShardJob, result: ShardResult) -> Iterator[Sample]:
     plan = job.plan
     labels = {name: label for label, name in enumerate(plan.classes)}
     blamed = read_blamed(plan.output, job.number)
-    entries = EntryList(plan.list_folder, plan.count, plan.seed)
+    entries = _entries_of(job)
     in_hand = _InHand(in_hand_path(plan.output, job.number))
     try:
-        for key, entry in entries.read(*plan.places_of(job.number)):
+        for key, entry in entries:
             in_hand.note(result.pictures, time.monotonic())
             try:
                 if result.pictures in blamed:

@@ -24,6 +24,8 @@ class Bar:
     """Told the results."""
     watch: Callable[[], None] = lambda: None
     """Called several times a second."""
+    prepare: Callable[[Any], Any] = lambda job: job
+    """What is sent to another machine for a job."""
 
 
 def run_with_bar(
@@ -48,11 +50,9 @@ def run_with_bar(
 
         # Jobs on Ray do not tell how far they are, only that they are done.
         pictures = (bar.total - bar.ahead) / len(jobs) if config.ray else 1
-        (run_jobs_on_ray if config.ray else run_jobs)(
-            work,
-            jobs,
-            config.workers or available_cores(),
-            bar.take,
-            show,
-        )
+        workers = config.workers or available_cores()
+        if config.ray:
+            run_jobs_on_ray(work, jobs, workers, bar.take, show, bar.prepare)
+        else:
+            run_jobs(work, jobs, workers, bar.take, show)
         progress.update(task, completed=bar.total)

@@ -1,19 +1,23 @@
 """The jobs of ``worker_pool`` on a Ray cluster: same jobs, same bytes, more machines.
 
-The cluster is that of ``RAY_ADDRESS``, else one is started on this machine. Sources and output must
-have the same paths on all machines (a shared file system), and so must this repository.
+The cluster is that of ``RAY_ADDRESS``, else one is started on this machine. Sources must have the
+same paths on all machines (a shared file system, or URLs), and so must this repository, and the
+output where it is a folder.
 """
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.program import InputError
 from pipeline.worker_pool import Job, Result
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
+AHEAD = 2  # jobs that are sent for each core, so that none waits for the next
 RETRIES = 3  # of a job whose machine is lost
 
 
@@ -23,6 +27,7 @@ def run_jobs_on_ray(
     workers: int,
     finished: Callable[[int, Result], None],
     progress: Callable[[int], None],
+    prepare: Callable[[Job], Job] = lambda job: job,
 ) -> None:
     """Run ``work`` on every job; the first failure stops the others and is raised.
 
@@ -32,6 +37,7 @@ def run_jobs_on_ray(
         workers: most processes at once where a cluster is started here.
         finished: told the number of a job and its result, as they end.
         progress: told the number of finished jobs.
+        prepare: what is sent for a job; called shortly before it runs, as it may be large.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     try:
@@ -49,9 +55,14 @@ def run_jobs_on_ray(
     )
     try:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(work)
-        waiting = {remote.remote(job): number for number, job in enumerate(jobs)}
+        left = deque(enumerate(jobs))
+        waiting: dict[Any, int] = {}
         done = 0
-        while waiting:
+        while left or waiting:
+            cores = int(ray.cluster_resources().get("CPU", 1))  # machines may come and go
+            while left and len(waiting) < AHEAD * cores:
+                number, job = left.popleft()
+                waiting[remote.remote(prepare(job))] = number
             ended, _ = ray.wait(list(waiting), timeout=POLL_S)
             for reference in ended:
                 try:

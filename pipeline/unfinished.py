@@ -36,6 +36,8 @@ class ShardResult:
     pictures: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     changed: list[tuple[str, str]] = field(default_factory=list)  # name, what changed
+    place: str = ""
+    """URL of the folder that the shard was brought to, "" where it was made."""
 
 
 def shard_name(number: int) -> str:
@@ -59,7 +61,7 @@ def blamed_path(output: Path, number: int) -> Path:
 
 
 def write_result(output: Path, number: int, result: ShardResult) -> None:
-    """Declare a shard finished; its tar and index are on the disk."""
+    """Declare a shard finished; its tar and index are on the disk, or in the store."""
     with atomic_file(done_path(output, number)) as file:
         file.write(json.dumps(asdict(result)).encode())
 
@@ -67,15 +69,34 @@ def write_result(output: Path, number: int, result: ShardResult) -> None:
 def read_result(output: Path, number: int) -> ShardResult | None:
     """The result of a finished shard, or None if it is still to be packed."""
     try:
-        content = json.loads(done_path(output, number).read_bytes())
-        info = ShardInfo(**content["info"]) if content["info"] else None
+        result = parse_result(done_path(output, number).read_bytes())
+        info = result.info if result else None
         tar = output / shard_name(number)
-        if info and (tar.stat().st_size != info.bytes or not _index_of(tar).exists()):
-            return None
-        rows = {name: [(n, why) for n, why in content[name]] for name in ("refused", "changed")}
-        return ShardResult(info, content["pictures"], **rows)
-    except (OSError, ValueError, KeyError, TypeError):
+        if result is None or not info or result.place:
+            return result
+        is_whole = tar.stat().st_size == info.bytes and _index_of(tar).exists()
+        return result if is_whole else None
+    except OSError:
         return None
+
+
+def parse_result(data: bytes) -> ShardResult | None:
+    """The result in the bytes of its file; None if they are none."""
+    try:
+        content = json.loads(data)
+        info = ShardInfo(**content["info"]) if content["info"] else None
+        rows = {name: [(n, why) for n, why in content[name]] for name in ("refused", "changed")}
+        return ShardResult(info, content["pictures"], **rows, place=content.get("place", ""))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def remove_shard(output: Path, number: int) -> None:
+    """Take away the files of a shard, as far as they are there."""
+    name = shard_name(number)
+    for path in (output / name, output / index_name(name)):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _index_of(tar: Path) -> Path:
@@ -168,12 +189,20 @@ def _remove_all(output: Path, made: list[Path]) -> None:
 
 def remove_shards(output: Path) -> None:
     """Take away what an unfinished packing wrote, except the lists of running ones."""
+    forget_finished(output)
     for path in output.iterdir():
-        if path.name.removeprefix(".").startswith(("shard-", *OUR_LISTS, MANIFEST_NAME)):
+        if path.name.removeprefix(".").startswith((*OUR_LISTS, MANIFEST_NAME)):
             path.unlink(missing_ok=True)
-    for pattern in ("done-*", "blamed-*"):
-        for path in (output / WORK_NAME).glob(pattern):
-            path.unlink(missing_ok=True)
+    for path in (output / WORK_NAME).glob("blamed-*"):
+        path.unlink(missing_ok=True)
+
+
+def forget_finished(output: Path) -> None:
+    """Take away shards and the notes that they are done."""
+    for path in [*output.glob("shard-*"), *output.glob(".shard-*")]:
+        path.unlink(missing_ok=True)
+    for path in (output / WORK_NAME).glob("done-*"):
+        path.unlink(missing_ok=True)
 
 
 def take_up(output: Path, plan: dict[str, Any], part: str) -> None:

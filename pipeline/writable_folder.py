@@ -2,31 +2,28 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import obstore
 
-from pipeline.location import as_location
+from pipeline.location import writable_location
 from pipeline.program import InputError
-from pipeline.remote_folder import Counters, RemoteError, RemoteFolder, RetryPolicy, open_store
+from pipeline.remote_folder import (
+    PART_BYTES,
+    PARTS_AT_ONCE,
+    Counters,
+    DamagedError,
+    RemoteError,
+    RemoteFolder,
+    RetryPolicy,
+    open_store,
+)
 
-WRITABLE = ("s3://", "gs://")
 PART_RETRIES = 2
 PROBE_NAME = ".can-be-written"
 # A start does not wait a minute and a half to say that a name is wrong.
 AT_START = RetryPolicy(attempts=4, connect_s=5)
-
-
-def writable_location(url: str) -> str:
-    """The URL, without a slash at its end.
-
-    Raises:
-        InputError: if it is not of a service that can be written to.
-    """
-    location = as_location(url)
-    if not isinstance(location, str) or not location.startswith(WRITABLE):
-        raise InputError(f"{url}: give s3:// or gs://, a bucket and a folder")
-    return location
 
 
 class WritableFolder(RemoteFolder):
@@ -60,20 +57,27 @@ class WritableFolder(RemoteFolder):
         Raises:
             RemoteError: if it cannot be written, or what is there then has another SHA-256.
         """
+        size = path.stat().st_size
         for _ in range(3):
             self.write(name, path)
-            if self._insist(name, lambda: self._sha256_once(name)) == sha256:
+            if self.file(name)[1] == size and self._sha256(name, size) == sha256:
                 return
         raise RemoteError(f"{self.url}/{name}: what was written reads back with another sha256")
 
-    def _sha256_once(self, name: str) -> str:
-        digest, size = hashlib.sha256(), 0
-        answer = obstore.get(self._store, name)
-        for piece in answer.stream(min_chunk_size=1 << 20):
-            digest.update(piece)
-            size += len(piece)
-        if size != answer.meta["size"]:
-            raise RemoteError(f"{self.url}/{name}: the answer broke off at byte {size}")
+    def _sha256(self, name: str, size: int) -> str:
+        """Of a file there, read in parts, a few of them at once."""
+        digest, starts = hashlib.sha256(), range(0, size, PART_BYTES)
+
+        def part(start: int) -> bytes:
+            end = min(start + PART_BYTES, size)
+            return self._insist(
+                name, lambda: bytes(obstore.get_range(self._store, name, start=start, end=end))
+            )
+
+        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="parts") as pool:
+            for first in range(0, len(starts), PARTS_AT_ONCE):
+                for piece in pool.map(part, starts[first : first + PARTS_AT_ONCE]):
+                    digest.update(piece)
         return digest.hexdigest()
 
     def delete(self, names: Sequence[str]) -> None:
@@ -82,8 +86,8 @@ class WritableFolder(RemoteFolder):
         Raises:
             RemoteError: if that is refused.
         """
-        for name in names:
-            self._insist(name, lambda name=name: obstore.delete(self._store, name))  # type: ignore[misc]
+        if names:
+            self._insist(names[0], lambda: obstore.delete(self._store, list(names)))
 
 
 def require_writable(url: str, flag: str, policy: RetryPolicy = AT_START) -> None:
@@ -102,7 +106,8 @@ def require_writable(url: str, flag: str, policy: RetryPolicy = AT_START) -> Non
         folder.write(PROBE_NAME, b"")
         folder.delete([PROBE_NAME])
     except RemoteError as error:
+        reason = "there is no such bucket" if isinstance(error, DamagedError) else error
         raise InputError(
-            f"{flag} {url} cannot be written ({error}): check the URL and the credentials in the "
+            f"{flag} {url} cannot be written ({reason}): check the URL and the credentials in the "
             "environment"
         ) from error
