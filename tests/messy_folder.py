@@ -248,7 +248,7 @@ def run_measured(words, folder, limit_s):
         while process.poll() is None:
             peaks |= peaks_of_group(process.pid)
             time.sleep(LOOK_S)
-            if time.monotonic() > end:
+            if time.monotonic() > end and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise TimeoutError(f"{words} in {folder}: more than {limit_s} s")
