@@ -107,7 +107,7 @@ def time_rows(plan: Plan) -> Iterator[Row]:
     each = f"{flops.forward / 1e9:,.3g} forward, {flops.backward / 1e9:,.3g} backward"
     yield "GFLOP of a picture", f"{flops.total / 1e9:,.4g}", f"{each}, {flops.loss / 1e9:,.2g} loss"
     whole = flops.total * length.batch * length.steps
-    yield "PFLOP of the run", f"{whole / 1e15:,.4g}", ""
+    yield "PFLOP of the run", figure(whole / 1e15), ""
     if time is None:
         ways = "give --plan.images-per-s, --plan.roofline or --plan.gpu"
         yield "hours", "unknown", f"no speed is known: {ways}"
@@ -115,10 +115,10 @@ def time_rows(plan: Plan) -> Iterator[Row]:
     yield "images/s of a process", figure(time.images_per_s), time.source
     about = "" if time.is_measured else "about "
     alike = "as long as several processes are as fast as one each"
-    yield "hours", f"{about}{time.hours:,.3g}", alike if length.processes > 1 else ""
-    yield "GPU hours", f"{about}{time.gpu_hours:,.3g}", ""
+    yield "hours", about + figure(time.hours), alike if length.processes > 1 else ""
+    yield "GPU hours", about + figure(time.gpu_hours), ""
     if time.cost is not None:
-        yield "cost", f"{about}{time.cost:,.4g}", "in the currency of --plan.price"
+        yield "cost", about + figure(time.cost), "in the currency of --plan.price"
 
 
 def as_size(size: int) -> str:

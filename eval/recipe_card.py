@@ -20,6 +20,7 @@ from eval.plan import checkpoint_bytes
 from eval.plan_report import as_size
 from eval.recipe_facts import FACTS, LINEAR, Facts
 from eval.recipes import FITTED, RECIPES
+from eval.roofline import figure
 from eval.run_config import TrainConfig
 from model.encoder import EncoderConfig
 from model.moco import MoCoConfig
@@ -148,7 +149,7 @@ def demands(config: TrainConfig, facts: Facts) -> Iterator[str]:
     if data.pictures is not None:
         per_epoch = data.pictures // config.batch
         steps = config.steps or round(config.epochs * per_epoch)
-        whole = f", {flops * config.batch * steps / 1e15:,.4g} PFLOP in all ({steps:,} steps)"
+        whole = f", {figure(flops * config.batch * steps / 1e15)} PFLOP in all ({steps:,} steps)"
     yield f"Arithmetic: {flops / 1e9:,.3g} GFLOP a picture{whole}."
     count = "" if data.pictures is None else f", {data.pictures:,} pictures"
     size = f", {data.gigabytes:g} GB ({data.size})" if data.gigabytes is not None else ""

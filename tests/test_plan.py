@@ -11,6 +11,7 @@ from eval.plan import dictionary_bytes, make_plan, read_roofline
 from eval.plan_config import PlanConfig
 from eval.plan_report import as_size, settings_or_plan, show_plan, title_of
 from eval.recipes import RECIPES
+from eval.roofline import figure
 from model.end_to_end import BatchKeys
 from model.mechanism import make_dictionary
 from model.moco import MoCoConfig
@@ -173,7 +174,7 @@ def test_the_table_and_the_file_have_the_same_figures(tmp_path):
         "steps": f"{figures['length']['steps']:,}",
         "memory": as_size(figures["memory"]["total"]),
         "checkpoints": as_size(figures["storage"]["checkpoints"]),
-        "cost": f"{figures['time']['cost']:,.4g}",
+        "cost": figure(figures["time"]["cost"]),
     }.items():
         (line,) = [line for line in text.getvalue().splitlines() if line.startswith(f"│ {name} ")]
         assert line.split("│")[2].strip() == value
