@@ -156,6 +156,9 @@ def train_cell(config: AblationConfig, cell: Cell, seed: int) -> dict[str, Any]:
     last_values: dict[str, float] = {}
     for line in (folder / LOG_NAME).read_text().splitlines():
         last_values |= json.loads(line)
+    if "knn_top1" not in last_values:
+        reason = last_values.get("knn_error", "its log has no score")
+        raise InputError(f"the run of {cell.name} was not judged: {reason} (see {output})")
     wanted = ("step", "loss", "pretext_accuracy", "knn_top1")
     return result | {"diverged": False} | {name: last_values[name] for name in wanted}
 

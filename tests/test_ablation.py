@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,8 @@ from eval.ablation import (
     command,
     read_results,
     require_same_settings,
+    run_folder,
+    train_cell,
     unfinished,
 )
 from eval.ablation_report import draw_figure, tables
@@ -67,6 +70,17 @@ def test_a_cell_is_a_run_of_train_py_that_differs_by_its_flags_only(tmp_path):
     assert bank.moco.mechanism == "memory-bank"
     assert bank.optimiser == parsed.optimiser
     assert bank.encoder == parsed.encoder
+
+
+def test_a_run_that_was_not_judged_is_refused_with_the_reason(tmp_path, monkeypatch):
+    cell, config = Cell("queue", 64, 0.5), settings(tmp_path)
+    log = run_folder(config, cell, 0) / "run.jsonl"
+    log.parent.mkdir(parents=True)
+    lines = [{"step": 1, "loss": 5.0, "pretext_accuracy": 0.5}, {"step": 1, "knn_error": "no RAM"}]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    with pytest.raises(InputError, match="was not judged: no RAM"):
+        train_cell(config, cell, 0)
 
 
 def test_finished_runs_are_not_made_again_and_a_cut_line_is_no_run(tmp_path):
