@@ -9,12 +9,9 @@ same bytes, whatever the number of processes. The same command goes on with a pa
 stopped. OUTPUT is a folder, or s3://BUCKET/FOLDER or gs://..., to which each shard is uploaded.
 """
 
-import json
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +21,6 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.command_line import parse_flags
 from pipeline.crash_guard import CrashGuard
@@ -37,7 +32,15 @@ from pipeline.curation import (
     write_duplicates,
 )
 from pipeline.entry_list import ListInfo, write_list
-from pipeline.pack_config import OtherPartsError, PackConfig, TooManyRefusedError
+from pipeline.pack_config import OtherPartsError, PackConfig
+from pipeline.pack_report import (
+    CHANGED_NAME,
+    IGNORED_NAME,
+    REFUSED_NAME,
+    report,
+    too_many_refused,
+    write_rows,
+)
 from pipeline.packing import Plan, ShardJob, pack_shard, shards_needed, with_entries
 from pipeline.picture_bar import Bar, run_with_bar
 from pipeline.program import InputError, run_program
@@ -61,9 +64,6 @@ from pipeline.worker_pool import warm_up
 if TYPE_CHECKING:
     from pipeline.packed_store import PackedStore
 
-REFUSED_NAME = "refused.jsonl"
-CHANGED_NAME = "changed.jsonl"
-IGNORED_NAME = "ignored.jsonl"
 LARGEST_LABEL = 10_000_000
 
 
@@ -143,30 +143,6 @@ def pack_all(plan: Plan, numbers: list[int], config: PackConfig, console: Consol
         except BrokenProcessPool:
             guard.settle()
         numbers = [number for number in numbers if not read_result(config.folder, number)]
-
-
-def write_rows(path: Path, rows: Iterable[tuple[str, str]], what: str) -> None:
-    """JSON lines of files and what happened to them; no file where there is nothing to say."""
-    lines = [json.dumps({"file": name, what: reason}).encode() + b"\n" for name, reason in rows]
-    if lines:
-        with atomic_file(path) as file:
-            file.writelines(lines)
-
-
-def too_many_refused(
-    refused: list[tuple[str, str]], pictures: int, config: PackConfig
-) -> TooManyRefusedError:
-    """The error, with the most frequent reason."""
-    kind, count = Counter(kind_of(reason) for _, reason in refused).most_common(1)[0]
-    return TooManyRefusedError(
-        f"{len(refused)} of {pictures} pictures of {config.source} were refused, {count} of them: "
-        f"{kind}; {config.folder / REFUSED_NAME} lists them, --max-refused raises the limit"
-    )
-
-
-def kind_of(reason: str) -> str:
-    """A reason without its details."""
-    return reason.partition(":")[0]
 
 
 def list_source(source: Source, folder: Path, name: str, limits: Limits) -> ListInfo:
@@ -340,34 +316,6 @@ def join(
     if refused:
         console.print(f"what was refused and why: {REFUSED_NAME} beside the shards", style="yellow")
     return manifest
-
-
-def report(
-    plan: Plan,
-    listed: ListInfo,
-    manifest: Manifest,
-    refused: list[tuple[str, str]],
-    changed: list[tuple[str, str]],
-    seconds: float,
-) -> Table:
-    """The table at the end: what was made and what was left out."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    table = Table(show_header=False, title="packed", title_justify="left")
-    table.add_row("pictures", f"{manifest.samples:,}")
-    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (flat)")
-    if listed.classes and listed.unlabelled and not manifest.classes:
-        table.add_row("", Text(f"because {listed.unlabelled} lies outside the class folders"))
-    table.add_row("shards", f"{len(manifest.shards):,}")
-    table.add_row("size", f"{size / 2**20:,.1f} MiB")
-    table.add_row("speed", f"{plan.count / seconds:,.0f} images/s, {seconds:.1f} s")
-    for title, rows in (("transcoded", changed), ("refused", refused)):
-        table.add_row(title, f"{len(rows):,}")
-        kinds = Counter(kind_of(reason) for _, reason in rows)
-        for kind, count in kinds.most_common(5):
-            table.add_row("", Text(f"{count:,} {kind}"))
-    if listed.ignored:
-        table.add_row("not pictures", f"{listed.ignored:,} files, listed in {IGNORED_NAME}")
-    return table
 
 
 def main() -> None:
