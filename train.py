@@ -32,6 +32,7 @@ from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
 from eval.run_report import RunReport
 from eval.run_start import mirror_of, open_run, refuse_uncopied
+from eval.skipped_steps import report_skipped
 from eval.step_log import StepLog
 from eval.tracking import Tracking, start_trackers
 from eval.weights_source import start_from, starting_weights
@@ -52,7 +53,7 @@ from model.stopping import Agreement, StopRequest, exit_code, lost_rank_ends
 from model.watchdog import Watchdog
 from pipeline.data_config import cpu_threads
 from pipeline.loader import PairBatch, PairLoader
-from pipeline.program import InputError, explain, run_program
+from pipeline.program import explain, run_program
 from pipeline.settings import to_plain
 
 
@@ -101,8 +102,8 @@ def main() -> None:
         samples = loader.order.samples
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
         dictionary = dictionary.to(accelerator.device)
-        optimizer = make_optimiser(config.optimiser, moco.parameters())
         wrapped = accelerator.prepare(moco)  # the optimiser needs no wrapper, the guard steps it
+        optimizer = make_optimiser(config.optimiser, moco.parameters())
         state = RunState(moco, dictionary, optimizer, accelerator.scaler)
         if found:
             state.load(found)
@@ -117,8 +118,8 @@ def main() -> None:
             failed=partial(say_not_saved, console),
             copies=mirror_of(config, found, accelerator, console),
         )
-        guard = StepGuard(moco, accelerator.scaler)
-        guard.skipped = found.state.get("skipped_steps", 0) if found else 0
+        skipped = found.state.get("skipped_steps", 0) if found else 0
+        guard = StepGuard(moco, accelerator.scaler, skipped)
         watches = (watch_of(config, accelerator), guard)
         rest = (saver, *watches, Totals(**found.state.get("totals", {})) if found else Totals())
         run = Run(config, output, accelerator, loader, wrapped, dictionary, optimizer, *rest)
@@ -171,6 +172,7 @@ def train(
         run.output / f"hang-{run.accelerator.process_index}.txt", config.hang_seconds
     )
     judge = open_judge(run, report)
+    tell_skipped = partial(report_skipped, run.guard, report, skipped, config.max_skipped)
     with report, samples, skipped, watchdog, judge:
         while step < total_steps and not stopped_by:
             with meter.waiting_for_data():
@@ -184,17 +186,15 @@ def train(
             watchdog.beat()
             if config.log_samples:
                 samples.write(step, batch.sample_N)
-            if run.guard.in_a_row:
-                skipped.write(step, batch.sample_N)
-                report.skipped(step, run.guard.skipped)
-                refuse_more_skips(run, step)
-            elif is_logged:
+            tell_skipped(wait=is_logged)
+            if is_logged and not run.guard.in_a_row:
                 values = reduced(run.accelerator, loss=loss, pretext_accuracy=accuracy)
                 report.steps(step, values | meter.read() | {"learning_rate": lr})
                 report_health(run, report, step)
             stopped_by, save_wanted = agreement.on(stop.signal, run.saver.is_wanted())
             with meter.paused():
                 if is_due(step, config.save_every) or is_last or stopped_by or save_wanted:
+                    tell_skipped(wait=True)
                     run.saver.save(step, identity(run, meter))
                 judge.after(step, is_last=is_last)
         with watchdog.paused():  # a score may take long, and a copy
@@ -233,7 +233,7 @@ def train_step(run: Run, batch: PairBatch) -> tuple[Tensor, Tensor]:
     )
     loss, accuracy = run.passes.run(views, batch.sample_N, batch.step, look)
     run.dictionary.settle()
-    run.guard.step(run.optimizer)
+    run.guard.step(run.optimizer, batch.step + 1, batch.sample_N)
     run.optimizer.zero_grad()
     return loss, accuracy
 
@@ -296,21 +296,6 @@ def say_not_saved(console: Console, step: int, error: OSError) -> None:
         markup=False,
         emoji=False,
     )
-
-
-def refuse_more_skips(run: Run, step: int) -> None:
-    """End a run that has lost its way.
-
-    Raises:
-        InputError: if as many steps in a row as --max-skipped were left out.
-    """
-    count = run.guard.in_a_row
-    if count >= run.config.max_skipped:
-        raise InputError(
-            f"no finite gradient in {count} steps in a row, {step - count + 1} to {step}, whose "
-            f"samples are in {run.output}/skipped-*.jsonl: the run has diverged; go on from its "
-            "last checkpoint with --precision no, or start again with a lower --optimiser.lr"
-        )
 
 
 def reduced(accelerator: Accelerator, **values: Tensor) -> dict[str, float]:

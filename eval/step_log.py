@@ -26,6 +26,7 @@ class StepLog:
     """
 
     def __init__(self, run: Path, name: str, rank: int, world: int, first_step: int) -> None:
+        self.folder = run
         self._path = run / f"{name}-{rank}.jsonl"
         self._file: TextIO | None = None
         for path in logs_of(run, name) if rank == 0 else [self._path]:

@@ -33,6 +33,7 @@ from model.mechanism import ENCODERS, loss_scale, make_dictionary
 from model.micro_batches import MicroBatches
 from model.moco import count_micro_batches, groups_per_process
 from model.optimiser import make_optimiser
+from model.step_guard import StepGuard
 from pipeline.data_config import cpu_threads
 from pipeline.loader import READ_AHEAD_BATCHES, PairBatch, PairLoader
 from pipeline.program import InputError, available_cores, run_program
@@ -87,8 +88,9 @@ class TrainingStep:
             config.micro_batch,
         )  # fmt: skip
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
-        optimizer = make_optimiser(config.optimiser, moco.parameters())
-        wrapped, self._optimizer = accelerator.prepare(moco, optimizer)
+        wrapped = accelerator.prepare(moco)
+        self._optimizer = make_optimiser(config.optimiser, moco.parameters())
+        self._guard = StepGuard(moco, accelerator.scaler)
         self._passes = MicroBatches(
             wrapped,
             moco,
@@ -101,9 +103,11 @@ class TrainingStep:
 
     def __call__(self, batch: PairBatch) -> float:
         """Forward, backward, update; gives the loss."""
+        self._guard.begin()
         views = (batch.query_N3HW, batch.key_N3HW)
         loss, _ = self._passes.run(views, batch.sample_N, batch.step)
-        self._optimizer.step()
+        self._guard.step(self._optimizer, batch.step + 1, batch.sample_N)
+        self._guard.left_out(wait=False)
         self._optimizer.zero_grad()
         return float(loss)
 

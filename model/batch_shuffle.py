@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.collectives import exchange_with_gradient, rank, world_size
+from model.transfer import send
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def make_shuffle(
     own_rows_N = permutation_B[own * batch : (own + 1) * batch]
     arrival_N = torch.argsort(own_rows_N // batch, stable=True)
     receive_W = torch.bincount(own_rows_N // batch, minlength=ranks).tolist()
-    return Shuffle(order_N.to(device), send_W, arrival_N.to(device), receive_W)
+    return Shuffle(send(order_N, device), send_W, send(arrival_N, device), receive_W)
 
 
 def make_local_shuffle(
@@ -75,7 +76,7 @@ def make_local_shuffle(
     For batch norm in several groups on each device; ranks have orders of their own.
     """
     own_seed = seed * 8191 + rank()
-    permutation_N = _permutation(batch, own_seed, step, view).to(device)
+    permutation_N = send(_permutation(batch, own_seed, step, view), device)
     return Shuffle(permutation_N, [], torch.arange(batch, device=device), [], travels=False)
 
 

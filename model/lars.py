@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 
 class Lars(torch.optim.Optimizer):
@@ -12,7 +13,8 @@ class Lars(torch.optim.Optimizer):
 
     Parameters of at most one dimension (batch norm, biases) are plain SGD without weight decay.
     A weight or gradient of length zero is not scaled. All parameters move in a handful of
-    multi-tensor calls, and nothing waits for the device.
+    multi-tensor calls, and nothing waits for the device. As PyTorch's fused optimisers it does
+    nothing where a tensor ``found_inf``, set on it, is 1.
 
     Args:
         params: as for every optimiser.
@@ -33,8 +35,8 @@ class Lars(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust: float = 0.001,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, defaults)
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, {**numbers, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -51,10 +53,20 @@ class Lars(torch.optim.Optimizer):
             rest = [p for p in moved if p.ndim <= 1]
             directions = scaled_gradients(weights, group) + [p.grad for p in rest]
             ordered = weights + rest
-            velocities = [self._velocity(p) for p in ordered]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, directions)
-            torch._foreach_add_(ordered, velocities, alpha=-group["lr"])
+            velocities: list[Tensor | None] = [self._velocity(p) for p in ordered]
+            sgd(
+                ordered,
+                directions,
+                velocities,
+                fused=group["fused"],
+                found_inf=getattr(self, "found_inf", None),
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
         return loss
 
     def _velocity(self, parameter: Tensor) -> Tensor:

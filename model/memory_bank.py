@@ -21,6 +21,7 @@ from model.collectives import gather
 from model.dictionary import Comparison, Dictionary, finite, over_pairs
 from model.info_nce import info_nce_with_accuracy
 from model.moco import QueryEncoder
+from model.transfer import send
 
 
 class BankEncoder(QueryEncoder):
@@ -98,7 +99,7 @@ class MemoryBank(Dictionary):
             self.move(own_B, gather(finite(key_ND.to(self.rows_SD.dtype))))
 
     def _numbers(self, sample_N: Any) -> Tensor:
-        return torch.as_tensor(sample_N, dtype=torch.int64, device=self.rows_SD.device)
+        return send(torch.as_tensor(sample_N, dtype=torch.int64), self.rows_SD.device)
 
     @torch.no_grad()
     def move(self, own_B: Tensor, key_BD: Tensor) -> None:

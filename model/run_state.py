@@ -179,4 +179,12 @@ def restore_optimiser(
     for dotted, value in {**plain["values"], **tensors}.items():
         number, _, name = dotted.partition(".")
         state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
+    # Which kernel is used is no part of the state: older checkpoints name others.
+    own = [{k: g[k] for k in ("fused", "foreach") if k in g} for g in optimizer.param_groups]
+    groups = [{**saved, **mine} for saved, mine in zip(plain["groups"], own, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.dim() and value.stride() != parameter.stride():
+                # Fused kernels go through memory: it must be laid out as the parameter's.
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -159,6 +159,8 @@ def optimiser_state(config: OptimiserConfig, network: QueryEncoder) -> int:
     for parameter in network.trained_parameters():
         parameter.grad = torch.empty_like(parameter)
     optimizer = make_optimiser(config, network.parameters())
+    for group in optimizer.param_groups:
+        group["fused"] = False  # no fused kernel is for tensors without data
     optimizer.step()
     optimizer.zero_grad()
     tensors, _ = flatten_optimiser(optimizer)

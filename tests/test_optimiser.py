@@ -60,3 +60,29 @@ def test_frozen_parameters_are_left_out():
     model[0].requires_grad_(False)
     (group,) = make_optimiser(OptimiserConfig(), model.parameters()).param_groups
     assert len(group["params"]) == 4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_resumed_optimiser_fits_weights_of_another_memory_layout_and_older_checkpoints(name):
+    config = OptimiserConfig(name=name, lr=0.05, weight_decay=0.01)
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=layout)
+        optimiser = make_optimiser(config, model.parameters())
+        for step in range(4):
+            if step == 2:
+                tensors, plain = flatten_optimiser(optimiser)
+                tensors = {n: t.contiguous().clone() for n, t in tensors.items()}
+                for group in plain["groups"]:
+                    group |= {"fused": None, "foreach": None}  # as before the kernels were fused
+                optimiser = make_optimiser(config, model.parameters())
+                restore_optimiser(optimiser, tensors, plain)
+            generator = torch.Generator().manual_seed(step)
+            picture = torch.randn(2, 4, 8, 8, generator=generator).to(memory_format=layout)
+            model(picture).square().mean().backward()
+            optimiser.found_inf = torch.zeros(())  # which only fused ones take
+            optimiser.step()
+            optimiser.zero_grad()
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)

@@ -11,92 +11,159 @@ from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.memory_bank import MemoryBank
 from model.moco import MoCo, MoCoConfig
-from model.step_guard import StepGuard
+from model.optimiser import make_optimiser
+from model.schedule import OptimiserConfig
+from model.step_guard import LeftOut, StepGuard
 from tests.run_in_processes import run_in_processes
 
 
 class Training:
     """Steps of MoCo with a queue, on pictures that may be bad."""
 
-    def __init__(self):
+    def __init__(self, optimiser="sgd", device="cpu"):
         torch.manual_seed(0)
+        self.device = torch.device(device)
         encoder = EncoderConfig(backbone="test_resnet", dim=8)
-        self.moco = MoCo(encoder, MoCoConfig(batch_norm="none"), global_batch=8, seed=0)
-        self.queue = KeyQueue(12, 8, 0)
-        self.optimizer = torch.optim.SGD(self.moco.parameters(), lr=0.1, momentum=0.9)
+        config = MoCoConfig(batch_norm="shuffle", batch_norm_groups=2)
+        self.moco = MoCo(encoder, config, global_batch=8, seed=0).to(self.device)
+        self.queue = KeyQueue(12, 8, 0).to(self.device)
+        config = OptimiserConfig(name=optimiser, lr=0.1, weight_decay=1e-4)
+        self.optimizer = make_optimiser(config, self.moco.parameters())
         self.guard = StepGuard(self.moco, None)
         is_alone = not torch.distributed.is_initialized()
         self.network = self.moco if is_alone else DistributedDataParallel(
             self.moco, broadcast_buffers=False
         )  # fmt: skip
 
-    def step(self, number, bad_view=None):
-        views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+    def views(self, number):
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(2, 4, 3, 32, 32, generator=generator).to(self.device)
+
+    def run(self, number, bad_view=None):
+        views = self.views(number)
         if bad_view is not None:
             views[bad_view, 1, 0, 0, 0] = float("nan")
+        self.advance(number, views)
+
+    def advance(self, number, views):
         self.guard.begin()
         pairs = self.network(*views, number)
         loss, _ = self.queue.contrast(pairs, 0.2, range(4), number)
         loss.backward()
-        is_good = self.guard.step(self.optimizer)
+        self.guard.step(self.optimizer, number + 1, [number])
         self.optimizer.zero_grad()
-        return is_good
 
     def trained(self):
-        """What a bad step must not change: f_q, all running statistics, the momentum."""
+        """What a bad step must not change: f_q, all running statistics, the optimiser's state."""
         query = dict(self.moco.encoder_q.named_parameters())
         statistics = dict(self.moco.named_buffers())
-        momentum = self.optimizer.state_dict()["state"]
+        state = self.optimizer.state_dict()["state"]
         floating = {n: t for n, t in (query | statistics).items() if t.is_floating_point()}
-        return copy.deepcopy((floating, momentum))
+        return copy.deepcopy((floating, state))
 
 
 @pytest.mark.parametrize("bad_view", [0, 1], ids=["query", "key"])
-def test_a_nan_in_either_view_changes_neither_weights_nor_statistics_nor_momentum(bad_view):
-    training = Training()
-    assert training.step(0)
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars"])
+def test_a_nan_in_either_view_changes_neither_weights_nor_statistics_nor_state(optimiser, bad_view):
+    training = Training(optimiser)
+    training.run(0)
     before = training.trained()
-    assert not training.step(1, bad_view)
+    training.run(1, bad_view)
     torch.testing.assert_close(training.trained(), before, rtol=0, atol=0)
     assert training.queue.rows_KD.isfinite().all()
     assert (training.guard.skipped, training.guard.in_a_row) == (1, 1)
-    assert training.step(2)
+    training.run(2)
     assert (training.guard.skipped, training.guard.in_a_row) == (1, 0)
     assert training.queue.rows_KD.isfinite().all()
+    assert not torch.equal(
+        next(iter(training.trained()[0].values())), next(iter(before[0].values()))
+    )
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars"])
+def test_a_first_step_that_is_left_out_was_never_there(optimiser):
+    training, clean = Training(optimiser), Training(optimiser)
+    training.run(0, bad_view=0)
+    for network in (training, clean):  # the key encoder has not moved: both are equal still
+        network.queue.rows_KD.copy_(Training().queue.rows_KD)
+        network.run(1)
+    torch.testing.assert_close(training.trained(), clean.trained(), rtol=0, atol=0)
+
+
+def test_the_host_hears_of_a_step_at_the_next_one_unless_it_waits():
+    training = Training()
+    training.run(0, bad_view=0)
+    assert training.guard.left_out(wait=False) == []
+    training.run(1, bad_view=0)
+    assert training.guard.left_out(wait=False) == [LeftOut(1, [0], 1, 1)]
+    assert training.guard.left_out(wait=True) == [LeftOut(2, [1], 2, 2)]
+    training.run(2)
+    training.run(3, bad_view=1)
+    assert training.guard.skipped == 3
+    assert training.guard.left_out(wait=False) == [LeftOut(4, [3], 3, 1)]
+    assert training.guard.left_out(wait=True) == []
+
+
+def plain_guard(weight, scaler=None):
+    """A guard of one parameter, and its optimiser."""
+    optimizer = make_optimiser(OptimiserConfig(lr=1.0, weight_decay=0.0), [weight])
+    return StepGuard(torch.nn.ParameterList([weight]), scaler), optimizer
 
 
 def test_a_gradient_whose_norm_overflows_is_not_finite():
     weight = torch.nn.Parameter(torch.zeros(2))
-    network = torch.nn.ParameterList([weight])
-    guard = StepGuard(network, None)
+    guard, optimizer = plain_guard(weight)
     weight.grad = torch.full((2,), 3e38)
-    assert not guard.step(torch.optim.SGD([weight], lr=1.0))
+    guard.step(optimizer, 1, [])
+    assert guard.skipped == 1
     assert weight.tolist() == [0.0, 0.0]
 
 
 def test_the_scaler_of_float16_lowers_its_scale_after_a_bad_step():
     weight = torch.nn.Parameter(torch.zeros(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    guard = StepGuard(torch.nn.ParameterList([weight]), scaler)
+    guard, optimizer = plain_guard(weight, scaler)
     scaler.scale(weight.sum() * float("inf")).backward()
-    assert not guard.step(optimizer)
+    guard.step(optimizer, 1, [])
+    assert guard.skipped == 1
     assert weight.tolist() == [0.0, 0.0]
     assert scaler.get_scale() == 512.0
+    weight.grad = None
+    scaler.scale(weight.sum()).backward()
+    guard.step(optimizer, 2, [])
+    assert guard.in_a_row == 0
+    assert weight.tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars"])
+def test_no_part_of_a_step_waits_for_the_gpu(optimiser):
+    training = Training(optimiser, "cuda")
+    views = [training.views(number) for number in range(4)]
+    training.advance(0, views[0])  # makes kernels and memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 4):
+            training.advance(number, views[number])
+            training.guard.left_out(wait=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert training.guard.skipped == 0
 
 
 def one_rank_meets_a_nan():
-    """What each step was, and the weights in the end."""
+    """Steps left out, and the weights in the end."""
     training = Training()
-    taken = [
-        training.step(number, 0 if (number, rank()) == (1, 1) else None) for number in range(3)
-    ]
-    return taken, next(training.moco.encoder_q.parameters()).tolist()
+    for number in range(3):
+        training.run(number, 0 if (number, rank()) == (1, 1) else None)
+    skipped = [left.step for left in training.guard.left_out(wait=True)]
+    return skipped, next(training.moco.encoder_q.parameters()).tolist()
 
 
 def test_all_ranks_leave_a_step_out_that_is_bad_on_one():
     first, second = run_in_processes(2, one_rank_meets_a_nan)
-    assert first[0] == second[0] == [True, False, True]
+    assert first[0] == second[0] == [2]
     assert first[1] == second[1]
 
 

@@ -38,6 +38,7 @@ from model.checkpoint import load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
+from model.optimiser import make_optimiser
 from model.step_guard import StepGuard
 from model.stopping import RESTART_CODE, STOPPING
 from pipeline import check_shards
@@ -150,10 +151,9 @@ def tiny_run(tmp_path):
     torch.manual_seed(0)
     moco, queue = MoCo(config.encoder, config.moco, 16, seed=0), KeyQueue(24, 16, seed=0)
     moco.eval()
-    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": config.optimiser.weight_decay}
-    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), **settings)
     accelerator = Accelerator()
     wrapped = accelerator.prepare(moco)
+    optimizer = make_optimiser(config.optimiser, moco.parameters())
     rest = (None, NO_LOOKS, StepGuard(moco, None))
     return train.Run(config, tmp_path, accelerator, None, wrapped, queue, optimizer, *rest)
 
