@@ -2,16 +2,19 @@
 
     python tests/bench/overhead.py
 
-Both sides train the network of the recipe ``demo`` (10-layer ResNet at 32 px, batch 64, K 512) on
-tensors that lie in memory. ``train.train`` runs as it is: accelerate, guard, watchdog, meter,
-agreement, health, a report every 10 steps to display, log and TensorBoard. Only its loader is
-replaced by one that hands out the tensors, since data is another matter (``two_views.py``), and it
-saves at its end only (``save_pause.py``). The bare loop is forward, loss, backward and SGD step.
+Both sides train on tensors that lie in memory: the network of the recipe ``demo`` (10-layer ResNet
+at 32 px, batch 64, K 512) and, as what is beside the arithmetic does not grow with it, a ResNet-18
+at 64 px with steps several times as long. ``train.train`` runs as it is: accelerate, guard,
+watchdog, meter, agreement, health, a report every 10 steps to display, log and TensorBoard. Only
+its loader is replaced by one that hands out the tensors, since data is another matter
+(``two_views.py``), and it saves at its end only (``save_pause.py``). The bare loop is forward,
+loss, backward and the optimiser's step.
 
-The sides take turns every 50 steps within one run, so that whatever else the machine does meets
-both; each turn has five reports and one look at the dictionary. Prints a JSON line with ``ratio``,
-images/s of train.py over those of the bare loop: the median over the turns, its 95 % interval by
-bootstrap, and the turns' quartiles.
+The sides take turns within one run, so that whatever else the machine does meets both; each turn
+has a look at the dictionary. A turn of train.py's is compared with the mean of the bare turns
+before and after it. Prints a JSON line for each network with ``ratio``, images/s of train.py over
+those of the bare loop: the median over the turns, its 95 % interval by bootstrap, and the turns'
+quartiles.
 """
 
 import dataclasses
@@ -34,7 +37,9 @@ sys.path[0] = str(ROOT)
 
 import train
 from eval.recipes import RECIPES
+from eval.run_config import TrainConfig
 from eval.tracking import start_trackers
+from model.encoder import EncoderConfig
 from model.mechanism import make_dictionary
 from model.moco import MoCo
 from model.optimiser import make_optimiser
@@ -45,8 +50,35 @@ from pipeline.loader import PairBatch
 from pipeline.loader_meter import LoaderFigures
 from pipeline.order import Order
 
-TURNS, TURN_STEPS, WARM_UP_TURNS = 14, 50, 1  # a turn has a look at the dictionary's health
 BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A network, and how often and for how many steps the sides take turns."""
+
+    network: str
+    config: TrainConfig
+    turns: int
+    turn_steps: int
+
+
+DEMO = RECIPES["demo"]
+SETTINGS = (
+    Setting("demo", DEMO, turns=20, turn_steps=50),
+    Setting(
+        "resnet18, 64 px",
+        dataclasses.replace(
+            DEMO,
+            batch=32,
+            encoder=EncoderConfig(backbone="resnet18"),
+            data=dataclasses.replace(DEMO.data, image_px=64),
+            health_every=1,  # so that each of these shorter turns has a look too
+        ),
+        turns=10,
+        turn_steps=10,
+    ),
+)
 
 
 def pieces(config: Any) -> tuple[Any, Any, Any]:
@@ -60,8 +92,9 @@ def pieces(config: Any) -> tuple[Any, Any, Any]:
 class TurnsLoader:
     """Hands out resident batches, and lets the bare loop run between turns of train.py's."""
 
-    def __init__(self, config: Any) -> None:
-        views = torch.randn(2, BATCHES, config.batch, 3, 32, 32)
+    def __init__(self, config: TrainConfig, turn_steps: int) -> None:
+        side = config.data.image_px
+        views = torch.randn(2, BATCHES, config.batch, 3, side, side)
         samples_N = np.arange(config.batch)
         self._batches = [
             PairBatch(views[0, n], views[1, n], 0, samples_N, samples_N % 10, 0)
@@ -69,9 +102,11 @@ class TurnsLoader:
         ]
         self._temperature = config.moco.temperature
         self._bare = pieces(config)
+        self._turn_steps = turn_steps
         self._step = 0
         self._began = 0.0
-        self.times_s: list[tuple[float, float]] = []
+        self.own_s: list[float] = []
+        self.bare_s: list[float] = []
         self.order = Order(np.array([4096]), config.batch, config.seed, 8, 512)
         manifest = SimpleNamespace(sha256="resident")
         self.store = SimpleNamespace(manifest=manifest, is_remote=False)
@@ -80,11 +115,10 @@ class TurnsLoader:
 
     def __next__(self) -> PairBatch:
         now = time.perf_counter()
-        if self._step % TURN_STEPS == 0:
-            own_s = now - self._began
-            bare_s = self._bare_turn()
+        if self._step % self._turn_steps == 0:
             if self._step:
-                self.times_s.append((own_s, bare_s))
+                self.own_s.append(now - self._began)
+            self.bare_s.append(self._bare_turn())
             self._began = time.perf_counter()
         batch = dataclasses.replace(self._batches[self._step % BATCHES], step=self._step)
         self._step += 1
@@ -93,7 +127,7 @@ class TurnsLoader:
     def _bare_turn(self) -> float:
         moco, dictionary, optimizer = self._bare
         began = time.perf_counter()
-        for step in range(TURN_STEPS):
+        for step in range(self._turn_steps):
             batch = self._batches[step % BATCHES]
             pairs = moco(batch.query_N3HW, batch.key_N3HW, step)
             loss, _ = dictionary.contrast(pairs, self._temperature, batch.sample_N, step)
@@ -104,38 +138,54 @@ class TurnsLoader:
         return time.perf_counter() - began
 
 
-def main() -> None:
-    """Train, and print what came out."""
-    steps = (TURNS + WARM_UP_TURNS) * TURN_STEPS + 1
-    config = dataclasses.replace(RECIPES["demo"], steps=steps, save_every=10 * steps)
+def run_turns(setting: Setting, folder: Path) -> TurnsLoader:
+    """Train in turns; the loader knows the times."""
+    steps = setting.turns * setting.turn_steps + 1
+    config = dataclasses.replace(setting.config, steps=steps, save_every=10 * steps)
+    accelerator = Accelerator(cpu=True)
+    loader = TurnsLoader(config, setting.turn_steps)
+    moco, dictionary, optimizer = pieces(config)
+    wrapped = accelerator.prepare(moco)
+    state = RunState(moco, dictionary, optimizer, None)
+    saver = Saver(state, folder, keep=2, minutes=0, failed=print)
+    run = train.Run(
+        *(config, folder, accelerator, loader, wrapped, dictionary, optimizer, saver),
+        *(train.watch_of(config, accelerator), StepGuard(moco, None)),
+    )  # type: ignore[call-arg]
+    console = Console(file=io.StringIO())
+    with start_trackers(config, folder, 0, console, is_main=True) as tracking:
+        train.train(run, tracking, first_step=0, total_steps=steps, console=console)
+    accelerator.end_training()
+    return loader
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """The figures of one network."""
     with tempfile.TemporaryDirectory() as name:
-        accelerator = Accelerator(cpu=True)
-        loader = TurnsLoader(config)
-        moco, dictionary, optimizer = pieces(config)
-        wrapped = accelerator.prepare(moco)
-        state = RunState(moco, dictionary, optimizer, None)
-        saver = Saver(state, Path(name), keep=2, minutes=0, failed=print)
-        run = train.Run(
-            *(config, Path(name), accelerator, loader, wrapped, dictionary, optimizer, saver),
-            *(train.watch_of(config, accelerator), StepGuard(moco, None)),
-        )  # type: ignore[call-arg]
-        console = Console(file=io.StringIO())
-        with start_trackers(config, Path(name), 0, console, is_main=True) as tracking:
-            train.train(run, tracking, first_step=0, total_steps=steps, console=console)
-        accelerator.end_training()
-    times = np.array(loader.times_s[WARM_UP_TURNS:])
-    ratios = times[:, 1] / times[:, 0]
+        loader = run_turns(setting, Path(name))
+    own_s = np.array(loader.own_s[1:])  # the first ones warm up
+    bare_s = np.array(loader.bare_s[1:])
+    ratios = (bare_s[:-1] + bare_s[1:]) / 2 / own_s
     drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    line = {
+    images = setting.config.batch * setting.turn_steps
+    return {
+        "network": setting.network,
         "ratio": round(float(np.median(ratios)), 4),
         "interval": [round(float(low), 4), round(float(high), 4)],
         "quartiles": [round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.75])],
         "turns": len(ratios),
-        "images_per_second": round(config.batch * TURN_STEPS / float(np.median(times[:, 0]))),
-        "bare_images_per_second": round(config.batch * TURN_STEPS / float(np.median(times[:, 1]))),
+        "images_per_second": round(images / float(np.median(own_s))),
+        "bare_images_per_second": round(images / float(np.median(bare_s))),
+        "step_ms": round(float(np.median(own_s)) / setting.turn_steps * 1e3, 1),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Train, and print what came out; the demo's network last."""
+    for setting in reversed(SETTINGS):
+        sys.stdout.write(json.dumps(measure(setting)) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
