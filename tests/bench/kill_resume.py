@@ -4,9 +4,9 @@
 
 Final weights, optimiser and queue, the logged losses and the log of sample ids must be equal bit
 by bit. Kills are drawn by ``--seed``: while a run starts, between and in steps, while a checkpoint
-is written; both processes at once, one shortly after the other, or one alone, after which the other
-must end by itself with the exit code that asks for a restart. Prints a JSON line per cycle and a
-last one with ``cycles`` and ``equal``.
+is written; both processes at once, one shortly after the other, or, once they have met, one alone,
+after which the other must end by itself with the exit code that asks for a restart. Prints a JSON
+line per cycle and a last one with ``cycles`` and ``equal``.
 
 The processes are forks (``tests/forked_run.py``) and run ``train.py``, whole, over gloo.
 """
@@ -52,6 +52,8 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random) -> dict[
             life.wait_for(life.is_saving)
         time.sleep(draw.uniform(0, 0.008))
     ranks = draw.choice([[0, 1], [1, 0], [0], [1]])
+    if aim == "start":  # before they have met none can know that another is gone: launchers do
+        ranks = [0, 1]
     life.kill(ranks, draw.choice([0.0, 0.003]))
     codes = life.end(PATIENCE_S)
     if [c for rank, c in enumerate(codes) if c != (-signal.SIGKILL if rank in ranks else LOST)]:
