@@ -86,7 +86,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         if not self.training or not is_distributed():
             return super().forward(x_NC)
         n, c = x_NC.shape[:2]
-        x_NCL = x_NC.reshape(n, c, -1)
+        # Sums of half precision would lose digits; double stays double.
+        x_NCL = x_NC.reshape(n, c, -1).to(torch.promote_types(x_NC.dtype, torch.float32))
         count = n * x_NCL.shape[2] * world_size()
         mean_C = sum_with_gradient(x_NCL.sum(dim=(0, 2))) / count
         centred_NCL = x_NCL - mean_C[:, None]
@@ -95,7 +96,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         out_NCL = centred_NCL * (var_C + self.eps).rsqrt()[:, None]
         if self.affine:
             out_NCL = out_NCL * self.weight[:, None] + self.bias[:, None]
-        return out_NCL.reshape(x_NC.shape)
+        return out_NCL.reshape(x_NC.shape).to(x_NC.dtype)
 
     @torch.no_grad()
     def _follow(self, mean_C: Tensor, unbiased_var_C: Tensor) -> None:

@@ -153,6 +153,26 @@ def test_a_synced_norm_of_several_processes_is_a_plain_one_over_all_their_pictur
         torch.testing.assert_close(dict(found[4]), dict(plain.state_dict()))
 
 
+def half_sync_step():
+    """Output and statistics for pictures in bfloat16, as autocast gives them."""
+    norm = trained(CpuSyncBatchNorm(CHANNELS))
+    own = pictures(12, seed=4).bfloat16().chunk(world_size())[rank()].requires_grad_()
+    out = norm(own)
+    out.sum().backward()
+    return out.detach(), own.grad, norm.state_dict()
+
+
+def test_a_synced_norm_takes_activations_of_half_precision_and_sums_in_float32():
+    plain, x = plain_like(trained(CpuSyncBatchNorm(CHANNELS))), pictures(12, seed=4).bfloat16()
+    expected = plain(x.float())
+    ranks = run_in_processes(2, half_sync_step)
+    out = torch.cat([found[0] for found in ranks])
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+    for _, gradient, statistics in ranks:
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(dict(statistics), dict(plain.state_dict()))
+
+
 def test_a_synced_norm_alone_and_in_evaluation_is_plain():
     norm, x = trained(CpuSyncBatchNorm(CHANNELS)), pictures(6, seed=5)
     torch.testing.assert_close(norm(x), plain_like(trained(CpuSyncBatchNorm(CHANNELS)))(x))
