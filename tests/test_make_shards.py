@@ -314,7 +314,8 @@ def long_work(request, tmp_path, draw_photo):
         text=True,
         start_new_session=True,  # a process group of its own, as a terminal gives it
     )
-    begun = "shard-*.tar" if shard_samples == 5 else ".shard-*.part"
+    # A tar alone is not finished yet, and a stop takes it away.
+    begun = ".packing/done-*" if shard_samples == 5 else ".shard-*.part"
     wait_until(lambda: any((tmp_path / "out").glob(begun)))
     yield process, tmp_path / "out"
     if group_lives(process.pid):
