@@ -37,6 +37,7 @@ from eval.step_log import StepLog
 from eval.tracking import Tracking, start_trackers
 from eval.weights_source import start_from, starting_weights
 from model.checkpoint import CheckpointError
+from model.collectives import meet_again
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
@@ -65,6 +66,7 @@ def main() -> None:
     manifest_sha256 = check(config)
     # It passes DDP a name that torch 2.15 replaces, which older ones do not know.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    meet_again()  # where these are processes that were started again
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on CPUs would train each alone
         mixed_precision=config.precision,
