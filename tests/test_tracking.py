@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+from accelerate import PartialState
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,6 +43,12 @@ def init(**arguments):
     note("init", **arguments)
     return Run()
 """
+
+
+@pytest.fixture(autouse=True)
+def accelerate_has_begun():
+    """As in a run, whose Accelerator is there before its trackers; they ask it who is the first."""
+    PartialState()
 
 
 @pytest.fixture
