@@ -24,6 +24,7 @@ from eval.run_report import RunReport
 from eval.weights_source import eval_view_of
 from model.stopping import Agreement
 from pipeline.data_config import cache_of, cpu_threads
+from pipeline.program import first_line
 
 # Pictures at a time. A stop waits for one such batch at most, and on a GPU it needs memory beside
 # the training: about 1 GiB for a ResNet-50 at 224 px.
@@ -201,8 +202,7 @@ class OnlineKnn:
                 "eval/knn.py judges a checkpoint"
             )
         elif isinstance(self._outcome, Exception):
-            reason = str(self._outcome) or type(self._outcome).__name__
-            self._report.knn_failed(self._step, reason.splitlines()[0])
+            self._report.knn_failed(self._step, first_line(self._outcome))
         else:
             self._report.knn(self._step, self._outcome)
 

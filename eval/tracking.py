@@ -22,7 +22,7 @@ from rich.console import Console
 
 from eval.run_config import TrainConfig
 from model.health import BINS
-from pipeline.program import InputError
+from pipeline.program import InputError, first_line
 from pipeline.settings import flat, to_plain
 from pipeline.shard_format import atomic_file
 
@@ -214,8 +214,3 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
     with atomic_file(path) as file:
         file.write(json.dumps(state).encode() + b"\n")
-
-
-def first_line(error: Exception) -> str:
-    """Of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -59,6 +59,11 @@ def explain(error: OSError) -> str | None:
     return f"{place}{WAYS_OUT[error.errno]}"
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says, or else its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], ...] = ()) -> None:
     """Run ``main`` and leave with the code that a shell script can rely on.
 

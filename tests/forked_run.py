@@ -4,11 +4,15 @@ No thread may start in the forking process before its last fork, and that rules 
 programs in ``tests/bench/`` use this, and tests run those.
 """
 
+import argparse
 import io
+import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +23,7 @@ import torch.utils.tensorboard  # noqa: F401 (what the children would import at 
 from PIL import Image
 
 import train
+from model.checkpoint import file_sha256
 from pipeline.program import run_program
 from pipeline.shard_format import Sample, write_manifest, write_shard
 
@@ -156,3 +161,48 @@ def exit_code(pid: int, log: str, patience_s: float) -> int:
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     raise SystemExit(f"a process did not end within {patience_s:.0f} s: see {log}")
+
+
+def end_of(run: Path, steps: int) -> dict[str, object]:
+    """What two runs must have alike: the last checkpoint, file by file, and the losses."""
+    folder = run / f"step-{steps:09d}"
+    state = json.loads((folder / "state.json").read_text())
+    lines = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return {
+        **{path.name: file_sha256(path) for path in folder.glob("*.safetensors")},
+        "queue_place": state["queue_place"],
+        "optimiser": state["optimiser"],
+        "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
+    }
+
+
+def differing(first: dict[str, object], second: dict[str, object]) -> list[str]:
+    """Names of what is not alike, or only on one side."""
+    names = first.keys() | second.keys()
+    return sorted(name for name in names if first.get(name) != second.get(name))
+
+
+def compare_lives(
+    compare: Callable[[Path, int, int], dict[str, object]], about: str, cycles: int
+) -> None:
+    """The program that compares a run with one that was killed; exit code 1 if anything differs.
+
+    Args:
+        compare: from a folder, the number of kills and a seed the last line, with ``equal``.
+        about: what it does, in its first line.
+        cycles: kills, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=cycles, help="kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
+    given = parser.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix=f"{Path(sys.argv[0]).stem}-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    line = compare(folder, given.cycles, given.seed)
+    sys.stdout.write(json.dumps(line) + "\n")
+    if line["equal"] and not given.folder:
+        shutil.rmtree(folder)
+    elif not line["equal"]:
+        sys.stderr.write(f"what is left of both runs is in {folder}\n")
+    sys.exit(0 if line["equal"] else 1)

@@ -11,13 +11,10 @@ line per cycle and a last one with ``cycles`` and ``equal``.
 The processes are forks (``tests/forked_run.py``) and run ``train.py``, whole, over gloo.
 """
 
-import argparse
 import json
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from eval.step_log import global_batches, logs_of
-from model.checkpoint import checkpoint_folders, file_sha256
+from model.checkpoint import checkpoint_folders
 from model.stopping import RESTART_CODE as LOST
-from tests.forked_run import PATIENCE_S, RUN_S, Life, write_set
+from tests.forked_run import PATIENCE_S, RUN_S, Life, compare_lives, differing, end_of, write_set
 
 AIM_STEPS, STEPS_PER_CYCLE = 8, 20  # so that the run outlasts all cycles
 
@@ -62,18 +59,9 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random) -> dict[
             "newest": newest_step(run)}  # fmt: skip
 
 
-def contents(run: Path, steps: int) -> dict[str, object]:
-    """What must be equal: the last checkpoint, file by file, the samples and the losses."""
-    folder = run / f"step-{steps:09d}"
-    state = json.loads((folder / "state.json").read_text())
-    lines = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
-    return {
-        **{path.name: file_sha256(path) for path in folder.glob("*.safetensors")},
-        "queue_place": state["queue_place"],
-        "optimiser": state["optimiser"],
-        "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
-        **{path.name: path.read_text() for path in logs_of(run, "samples")},
-    }
+def samples_of(run: Path) -> dict[str, object]:
+    """The samples that each process has logged."""
+    return {path.name: path.read_text() for path in logs_of(run, "samples")}
 
 
 def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
@@ -92,14 +80,12 @@ def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
         sys.stdout.flush()
     if Life(killed, shards, steps).end(RUN_S) != [0, 0]:
         raise SystemExit(f"the last resume failed: see {killed}.*.log")
-    first, second = contents(whole, steps), contents(killed, steps)
+    first, second = (end_of(run, steps) | samples_of(run) for run in (whole, killed))
     batches = global_batches(killed)
     return {
         "cycles": cycles,
         "equal": first == second and list(batches) == list(range(1, steps + 1)),
-        "differs": sorted(
-            name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
-        ),
+        "differs": differing(first, second),
         "steps": steps,
         "aimed_at": {aim: seen[aim] for aim in ("start", "step", "save")},
         "left_half_written": seen["half_written"],
@@ -108,23 +94,5 @@ def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Kill, resume, compare; exit code 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=50, help="kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
-    given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    line = compare(folder, given.cycles, given.seed)
-    sys.stdout.write(json.dumps(line) + "\n")
-    if line["equal"] and not given.folder:
-        shutil.rmtree(folder)
-    elif not line["equal"]:
-        sys.stderr.write(f"both runs are left in {folder}\n")
-    sys.exit(0 if line["equal"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    compare_lives(compare, __doc__ or "", cycles=50)

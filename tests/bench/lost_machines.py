@@ -11,14 +11,12 @@ of a run that was left alone. Prints a JSON line per cycle and a last one with `
 The processes are forks (``tests/forked_run.py``) and run ``train.py``, whole, over gloo.
 """
 
-import argparse
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from eval.remote_checkpoints import complete_steps
-from model.checkpoint import file_sha256, step_in
-from tests.forked_run import PATIENCE_S, RUN_S, Life, free_port, write_set
+from model.checkpoint import step_in
+from tests.forked_run import (
+    PATIENCE_S,
+    RUN_S,
+    Life,
+    compare_lives,
+    differing,
+    end_of,
+    free_port,
+    write_set,
+)
 from tests.s3_server import Bucket, environment_of, running_s3
 
 MIRROR, PREFIX = "s3://bucket/run", "run/"
@@ -70,19 +77,6 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random, bucket: 
     return {"aim": aim, "exit_codes": codes, "uploaded": whole, "half_uploaded": half}
 
 
-def contents(run: Path, steps: int) -> dict[str, object]:
-    """What must be equal: the last checkpoint, file by file, and the losses."""
-    folder = run / f"step-{steps:09d}"
-    state = json.loads((folder / "state.json").read_text())
-    lines = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
-    return {
-        **{path.name: file_sha256(path) for path in folder.glob("*.safetensors")},
-        "queue_place": state["queue_place"],
-        "optimiser": state["optimiser"],
-        "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
-    }
-
-
 def compare(folder: Path, cycles: int, seed: int) -> dict[str, object]:
     """Run once without and once with kills; the last line of this program."""
     port = free_port()
@@ -112,11 +106,11 @@ def compare_with(folder: Path, cycles: int, seed: int, port: int) -> dict[str, o
     last = Life(killed, shards, steps, mirror=MIRROR)
     if last.end(RUN_S) != [0, 0]:
         raise SystemExit(f"the last resume failed: see {killed}.*.log")
-    first, second = contents(whole, steps), contents(last.folder(0), steps)
+    first, second = end_of(whole, steps), end_of(last.folder(0), steps)
     return {
         "cycles": cycles,
         "equal": first == second and steps in steps_in(bucket)[0],
-        "differs": sorted(name for name in first if first[name] != second.get(name)),
+        "differs": differing(first, second),
         "steps": steps,
         "left_half_uploaded": half,
         "seed": seed,
@@ -136,23 +130,5 @@ def reached(port: int) -> Bucket:
             time.sleep(0.1)
 
 
-def main() -> None:
-    """Kill, lose, resume, compare; exit code 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=10, help="kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
-    given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="lost-machines-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    line = compare(folder, given.cycles, given.seed)
-    sys.stdout.write(json.dumps(line) + "\n")
-    if line["equal"] and not given.folder:
-        shutil.rmtree(folder)
-    elif not line["equal"]:
-        sys.stderr.write(f"what is left of both runs is in {folder}\n")
-    sys.exit(0 if line["equal"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    compare_lives(compare, __doc__ or "", cycles=10)
