@@ -37,6 +37,7 @@ class Shared:
 
 
 _shared: Shared | None = None
+_has_failed = False
 _untold = 0
 _told_s = -math.inf
 
@@ -57,6 +58,18 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait_for_process([parent.sentinel])
         os._exit(1)
+
+
+def _run(work: Callable[[Job], Result], job: Job) -> Result:
+    """A job; after one that failed this process begins no other, the program is about to end."""
+    global _has_failed
+    if _has_failed:
+        raise InterruptedError(errno.EINTR, "stopped")
+    try:
+        return work(job)
+    except BaseException:
+        _has_failed = True
+        raise
 
 
 def advance(count: int) -> None:
@@ -161,13 +174,14 @@ def run_jobs(
     ) as pool:
         with _without_ctrl_c(), _an_empty_program():
             futures: dict[Future[Result], int] = {
-                pool.submit(work, job): number for number, job in enumerate(jobs)
+                pool.submit(_run, work, job): number for number, job in enumerate(jobs)
             }
         try:
             waiting = set(futures)
             while waiting:
                 ended, waiting = wait(waiting, timeout=0.1)
-                for future in ended:
+                # In their order: jobs not begun after a failure come after the one that failed.
+                for future in sorted(ended, key=futures.__getitem__):
                     finished(futures[future], future.result())
                 progress(shared.done.value)
         except BaseException:

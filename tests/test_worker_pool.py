@@ -46,3 +46,11 @@ def test_without_a_place_for_the_servers_socket_workers_start_one_by_one(tmp_pat
         [sys.executable, program], env=environment, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[1] == "[(0, 'b'), (1, 'd'), (2, 'f')] True", done.stderr
+
+
+def test_after_a_job_that_fails_its_worker_begins_no_other(tmp_path):
+    folders = [str(tmp_path / name) for name in ("0", "0", *map(str, range(1, 40)))]
+    finished = {}
+    with pytest.raises(FileExistsError):
+        run_jobs(os.mkdir, folders, 1, finished.__setitem__, lambda _: None)
+    assert finished == {0: None} and [path.name for path in tmp_path.iterdir()] == ["0"]
