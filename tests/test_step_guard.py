@@ -13,7 +13,7 @@ from model.memory_bank import MemoryBank
 from model.moco import MoCo, MoCoConfig
 from model.optimiser import make_optimiser
 from model.schedule import OptimiserConfig
-from model.step_guard import LeftOut, StepGuard
+from model.step_guard import LeftOut, StepGuard, summary
 from tests.run_in_processes import run_in_processes
 
 
@@ -110,7 +110,25 @@ def plain_guard(weight, scaler=None):
     return StepGuard(torch.nn.ParameterList([weight]), scaler), optimizer
 
 
-def test_a_gradient_whose_norm_overflows_is_not_finite():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_bad_number_anywhere_shows_in_the_summary(device, layout):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    good = [torch.randn(8, 3, 3, 3).to(memory_format=layout), torch.randn(5), torch.randn(())]
+    good = [gradient.to(device) for gradient in good]
+    assert torch.isfinite(summary(good))
+    for bad in ([float("nan")], [float("inf")], [-float("inf")], [float("inf"), -float("inf")]):
+        for number in range(2):
+            gradients = [gradient.clone() for gradient in good]
+            for place, value in enumerate(bad):
+                gradients[number][place] = value
+            assert not torch.isfinite(summary(gradients))
+    assert not torch.isfinite(summary([*good, torch.tensor(float("nan"), device=device)]))
+
+
+def test_a_gradient_whose_summary_overflows_is_not_finite():
     weight = torch.nn.Parameter(torch.zeros(2))
     guard, optimizer = plain_guard(weight)
     weight.grad = torch.full((2,), 3e38)
