@@ -25,8 +25,16 @@ from model.checkpoint import (
     parse_manifest,
     step_in,
 )
+from model.stopping import RESTART_CODE
 from pipeline.program import InputError
-from pipeline.remote_folder import Counters, DamagedError, RemoteError, RemoteFolder, RetryPolicy
+from pipeline.remote_folder import (
+    Counters,
+    DamagedError,
+    DownError,
+    RemoteError,
+    RemoteFolder,
+    RetryPolicy,
+)
 from pipeline.shard_format import atomic_file
 
 T = TypeVar("T")
@@ -47,6 +55,12 @@ class Head:
     files: dict[str, FileEntry]
     state: dict[str, Any]
     """Its plain values."""
+
+
+class StoreAwayError(InputError):
+    """A store that does not answer: nothing is wrong with the run, which may be started again."""
+
+    exit_code = RESTART_CODE
 
 
 class RemoteCheckpoints:
@@ -199,8 +213,9 @@ def put_in_place(part: Path, final: Path) -> None:
 
 
 def unreachable(url: str, error: RemoteError) -> InputError:
-    """The error for a store that does not serve."""
-    return InputError(
+    """The error for a store that does not serve; for one that does not answer a later start may."""
+    kind = StoreAwayError if isinstance(error, DownError) else InputError
+    return kind(
         f"{url} cannot be read ({error}): check the URL and the credentials in the environment"
     )
 

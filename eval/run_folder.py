@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.environment import environment
+from eval.mirror_at_start import Copies, copies_at_start, nothing_to_go_on_from
 from eval.remote_checkpoints import RemoteCheckpoints
 from eval.run_config import MAY_CHANGE, TrainConfig
 from eval.run_report import LOG_NAME, trim_log
@@ -64,19 +65,23 @@ def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
 
     Raises:
         InputError: if the folder or mirror holds a run and nothing says to go on with it, the
-            checkpoint belongs to another run, or a store does not serve.
+            checkpoint belongs to another run, or a store does not serve that is needed.
         CheckpointError: if there is nothing to resume from.
     """
     output, resume = asked.output, asked.config.resume
-    copies = asked.mirror.steps() if asked.mirror else []
-    has_checkpoints = bool(checkpoint_folders(output) or copies)
+    has_local, wanted = bool(checkpoint_folders(output)), resume is not None or is_restart()
+    copies = Copies()
+    if asked.mirror:
+        url = asked.mirror.url
+        copies = copies_at_start(url, output, say, has_local=has_local, is_to_go_on=wanted)
+    has_checkpoints = has_local or bool(copies.steps)
     holds_run = has_checkpoints or (output / LOG_NAME).exists()
     if is_restart() and (holds_run or resume in (None, NEWEST)):
         resume = IF_ANY
     if resume is None:
         if holds_run:
-            has_local = checkpoint_folders(output) or (output / LOG_NAME).exists()
-            place = output if has_local or not asked.mirror else asked.mirror.url
+            is_here = has_local or (output / LOG_NAME).exists()
+            place = output if is_here or not asked.mirror else asked.mirror.url
             raise InputError(
                 f"{place} holds a run already: add --resume to go on, or choose another"
             )
@@ -93,7 +98,7 @@ def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
     return found
 
 
-def newest_of(asked: Asked, copies: list[int], say: Callable[..., None]) -> Checkpoint:
+def newest_of(asked: Asked, copies: Copies, say: Callable[..., None]) -> Checkpoint:
     """The newest intact checkpoint of a run, in its folder or, where it is not there, its mirror.
 
     Raises:
@@ -101,13 +106,20 @@ def newest_of(asked: Asked, copies: list[int], say: Callable[..., None]) -> Chec
         InputError: if the mirror's belong to another run, or it does not serve.
     """
     warn = partial(say, style="yellow")
-    if asked.mirror is None or not copies:
-        return newest_checkpoint(asked.output, warn)
+    if asked.mirror is None or not copies.steps:
+        try:
+            return newest_checkpoint(asked.output, warn)
+        except CheckpointError as error:
+            if copies.away is None:
+                raise
+            raise nothing_to_go_on_from(copies.away, asked.output) from error
     places: list[tuple[int, bool, Callable[[], Checkpoint]]] = [
         (step, True, partial(load_checkpoint, folder))
         for step, folder in checkpoint_folders(asked.output)
     ]
-    places += [(step, False, partial(fetched, asked.mirror, step, asked, say)) for step in copies]
+    places += [
+        (step, False, partial(fetched, asked.mirror, step, asked, say)) for step in copies.steps
+    ]
     places.sort(key=lambda place: place[:2], reverse=True)  # of the same step the folder first
     where = f"{asked.output} and {asked.mirror.url}"
     return first_intact([load for *_, load in places], warn, where)
@@ -137,9 +149,7 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
 
 
-def checkpoint_at(
-    place: str, asked: Asked, copies: list[int], say: Callable[..., None]
-) -> Checkpoint:
+def checkpoint_at(place: str, asked: Asked, copies: Copies, say: Callable[..., None]) -> Checkpoint:
     """The checkpoint in ``place``, or the newest intact one of the run in ``place``.
 
     Raises:
@@ -163,7 +173,7 @@ def checkpoint_at(
 
 
 def checkpoint_below(
-    url: Path | str, asked: Asked, copies: list[int], say: Callable[..., None]
+    url: Path | str, asked: Asked, copies: Copies, say: Callable[..., None]
 ) -> Checkpoint:
     """Likewise for a URL; it is fetched into the folder of the run.
 
@@ -198,15 +208,15 @@ def source_of(asked: Asked) -> RemoteCheckpoints | None:
     return below(str(as_location(resume)))[0] if resume and is_url(resume) else asked.mirror
 
 
-def refuse_before_later(place: str, step: int, asked: Asked, copies: list[int]) -> None:
+def refuse_before_later(place: str, step: int, asked: Asked, copies: Copies) -> None:
     """See that a run holds no later checkpoints than the one that it is to go on from.
 
     Raises:
         InputError: naming the latest.
     """
     later = [str(folder) for number, folder in checkpoint_folders(asked.output) if number > step]
-    if asked.mirror and copies and copies[-1] > step:
-        later.append(f"{asked.mirror.url}/{folder_name(copies[-1])}")
+    if asked.mirror and copies.steps and copies.steps[-1] > step:
+        later.append(f"{asked.mirror.url}/{folder_name(copies.steps[-1])}")
     if later:
         raise InputError(
             f"--resume {place} is older than {later[-1]}: give another --output, or remove the "

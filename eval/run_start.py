@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from eval.mirror import Mirror, copy_checkpoint
-from eval.remote_checkpoints import RemoteCheckpoints, sha256_of, unreachable
+from eval.remote_checkpoints import RemoteCheckpoints, sha256_of
 from eval.run_config import TrainConfig
 from eval.run_folder import Asked, find_start, source_of, trim_logs, write_settings
 from model.checkpoint import (
@@ -30,7 +30,7 @@ from model.checkpoint import (
 from model.collectives import from_first, gather, rank, world_size
 from pipeline.program import DataError, InputError
 from pipeline.remote_folder import RemoteError
-from pipeline.writable_folder import AT_START, WritableFolder, require_writable
+from pipeline.writable_folder import AT_START, WritableFolder
 
 T = TypeVar("T")
 
@@ -50,17 +50,15 @@ def open_run(
         InputError, CheckpointError, OSError: if the folder, checkpoint or mirror cannot be used.
     """
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    mirror = RemoteCheckpoints(config.mirror, AT_START) if config.mirror else None
+    mirror = RemoteCheckpoints(config.mirror) if config.mirror else None
     asked = Asked(config, output, manifest_sha256, mirror)
     is_first, is_first_here = accelerator.is_main_process, accelerator.is_local_main_process
     together = partial(all_or_none, accelerator.device)
 
     def find() -> Checkpoint | None:
-        if config.mirror:
-            require_writable(config.mirror, "--mirror")
         found = find_start(asked, say)
         if found is not None and has_other_machines():
-            share(found.folder, asked)
+            share(found.folder, asked, partial(say, style="yellow"))
         return found
 
     found = together(find if is_first else None)
@@ -138,16 +136,18 @@ def all_or_none(device: torch.device, work: Callable[[], T] | None) -> T | None:
     Raises:
         InputError: on all of them, if one could not do its own.
     """
-    result, problem = None, None
+    result, problem, code = None, None, 0
     try:
         result = work() if work else None
     except (InputError, CheckpointError, OSError) as error:
-        problem = error
-    failed_W = gather(torch.tensor([problem is not None], dtype=torch.uint8, device=device))
+        problem, code = error, getattr(error, "exit_code", InputError.exit_code)
+    codes_W = gather(torch.tensor([code], dtype=torch.uint8, device=device))
     if problem is not None:
         raise problem
-    if failed_W.any():
-        raise InputError("another process of this run cannot start; its own line says why")
+    if codes_W.any():
+        other = InputError("another process of this run cannot start; its own line says why")
+        other.exit_code = int(codes_W.max())
+        raise other
     return result
 
 
@@ -156,17 +156,16 @@ def has_other_machines() -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size()) < world_size()
 
 
-def share(folder: Path, asked: Asked) -> None:
+def share(folder: Path, asked: Asked, warn: Callable[[str], None]) -> None:
     """Put a checkpoint into the mirror, where machines without this folder look for it.
 
-    Raises:
-        InputError: if the store does not serve.
+    That this cannot be done is no error here: they may share the folder after all.
     """
     if asked.mirror is not None and folder.parent == asked.output:
         try:
             copy_checkpoint(folder, WritableFolder(asked.mirror.url, AT_START))
         except RemoteError as error:
-            raise unreachable(asked.mirror.url, error) from error
+            warn(f"{folder} is not in {asked.mirror.url} for machines without it ({error})")
 
 
 def describe(found: Checkpoint | None, output: Path) -> str:
@@ -209,4 +208,6 @@ def start_here(asked: Asked, start: dict[str, Any]) -> Checkpoint:
             raise DataError(f"{head.where} is not the checkpoint that process 0 goes on from")
         return load_checkpoint(remote.fetch(head, asked.output))
     except (CheckpointError, InputError) as error:
-        raise DataError(str(error)) from error
+        own = DataError(str(error))
+        own.exit_code = getattr(error, "exit_code", own.exit_code)
+        raise own from error

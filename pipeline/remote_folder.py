@@ -40,6 +40,10 @@ class RefusedError(RemoteError):
     """The server says no, and would say so again."""
 
 
+class DownError(RefusedError):
+    """The server did not answer as often as it was asked, or with failures of its own."""
+
+
 class DamagedError(RefusedError):
     """The server serves, but the file is not there, or is not the one that was asked for."""
 
@@ -309,7 +313,7 @@ class RemoteFolder:
         is_damaged = isinstance(problem, _OtherBytesError)
         self._is_down = not is_damaged
         reason = str(problem) if isinstance(problem, RemoteError) else _first_line(problem)
-        refusal = DamagedError if is_damaged else RefusedError
+        refusal = DamagedError if is_damaged else DownError
         raise refusal(f"{reason} (tried {attempts} times)") from problem
 
     def _count(self, size: int) -> None:

@@ -91,7 +91,7 @@ class WritableFolder(RemoteFolder):
 
 
 def require_writable(url: str, flag: str, policy: RetryPolicy = AT_START) -> None:
-    """See that files can be written and deleted there, by doing it with a small one.
+    """See that files can be written and deleted there.
 
     Args:
         url: of a folder; it need not exist.
@@ -101,13 +101,27 @@ def require_writable(url: str, flag: str, policy: RetryPolicy = AT_START) -> Non
     Raises:
         InputError: if they cannot.
     """
-    folder = WritableFolder(url, policy)
     try:
-        folder.write(PROBE_NAME, b"")
-        folder.delete([PROBE_NAME])
+        try_writing(url, policy)
     except RemoteError as error:
-        reason = "there is no such bucket" if isinstance(error, DamagedError) else error
-        raise InputError(
-            f"{flag} {url} cannot be written ({reason}): check the URL and the credentials in the "
-            "environment"
-        ) from error
+        raise not_writable(url, flag, error) from error
+
+
+def try_writing(url: str, policy: RetryPolicy) -> None:
+    """Write a small file and delete it.
+
+    Raises:
+        RemoteError: if that cannot be done; a ``DamagedError`` if there is no such bucket.
+    """
+    folder = WritableFolder(url, policy)
+    folder.write(PROBE_NAME, b"")
+    folder.delete([PROBE_NAME])
+
+
+def not_writable(url: str, flag: str, error: RemoteError) -> InputError:
+    """The error for a place that this went wrong with."""
+    reason = "there is no such bucket" if isinstance(error, DamagedError) else error
+    return InputError(
+        f"{flag} {url} cannot be written ({reason}): check the URL and the credentials in the "
+        "environment"
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.checkpoint import file_sha256, load_checkpoint, write_json
+from model.stopping import RESTART_CODE
 from pipeline.remote_folder import RetryPolicy
 from tests.test_train import TINY, command, logged
 
@@ -21,8 +22,8 @@ def quick(monkeypatch):
     """One thread, so that sums are the same in every run, and less patience with a server."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     policy = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.02, connect_s=1, stalled_s=2)
-    monkeypatch.setattr("eval.run_start.AT_START", policy)
-    monkeypatch.setattr("eval.mirror.PATIENCE", policy)
+    for name in ("run_start.AT_START", "mirror_at_start.AT_START", "mirror.PATIENCE"):
+        monkeypatch.setattr(f"eval.{name}", policy)
     assert torch.get_num_threads() == 1
 
 
@@ -116,6 +117,32 @@ def test_a_store_that_goes_away_costs_messages_and_in_the_end_says_so(store_prox
     done = run_it("run", *SIX, "--resume")
     assert (done.code, done.err) == (0, "")
     assert run_it("fresh", *SIX, "--resume").code == 0
+
+
+def test_a_store_that_is_away_at_the_start_does_not_keep_a_run_from_its_folder(
+    bucket, store_proxy, run_it, monkeypatch
+):
+    whole = run_it("whole", *SIX)
+    folder = shutil.copytree(whole.folder, whole.folder.with_name("here"))
+    shutil.rmtree(folder / "step-000000006")
+    lose_newest(bucket)
+    store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    done = run_it("here", *SIX)
+    assert re.search(r"503.*going on from the checkpoints in .*here.*\n", done.out)
+    assert "resumed after step 3" in done.out
+    assert done.code == 2 and "step-000000006 could not be copied" in done.err
+    assert_same(folder, whole.folder, 6)
+    for step in (3, 6):
+        (folder / f"step-00000000{step}/queue.safetensors").write_bytes(b"")
+    for name in ("here", "fresh"):
+        done = run_it(name, *SIX)
+        assert done.code == RESTART_CODE and len(done.err.splitlines()) == 1
+        assert re.search(r"503.*no intact checkpoint.* start again when it serves", done.err)
+    assert not done.folder.exists()
+    store_proxy.write_fault = store_proxy.fault = lambda *_: None
+    done = run_it("fresh", *SIX)
+    assert (done.code, done.err) == (0, "") and "resumed after step 3" in done.out
 
 
 WRONG = {
