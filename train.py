@@ -30,6 +30,7 @@ from eval.online_knn import OnlineKnn
 from eval.plan_report import settings_or_plan
 from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
+from eval.run_end import finish_together
 from eval.run_report import RunReport
 from eval.run_start import mirror_of, open_run, refuse_uncopied
 from eval.skipped_steps import report_skipped
@@ -37,11 +38,11 @@ from eval.step_log import StepLog
 from eval.tracking import Tracking, start_trackers
 from eval.weights_source import start_from, starting_weights
 from model.checkpoint import CheckpointError
-from model.collectives import meet_again
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
+from model.meeting import meet
 from model.micro_batches import MicroBatches
 from model.moco import MoCo, QueryEncoder
 from model.network_shape import WeightsError
@@ -50,7 +51,7 @@ from model.run_state import RunState
 from model.saving import Saver
 from model.schedule import lr_at, momentum_at
 from model.step_guard import StepGuard
-from model.stopping import Agreement, StopRequest, exit_code, lost_rank_ends
+from model.stopping import Agreement, StopRequest, exit_code, may_be_started_again
 from model.watchdog import Watchdog
 from pipeline.data_config import cpu_threads
 from pipeline.loader import PairBatch, PairLoader
@@ -58,7 +59,7 @@ from pipeline.program import explain, run_program
 from pipeline.settings import to_plain
 
 
-@lost_rank_ends()
+@may_be_started_again()
 def main() -> None:
     """One run, from the command line to its last checkpoint."""
     config = settings_or_plan(sys.argv[1:], __doc__ or "")  # --plan ends here
@@ -66,7 +67,7 @@ def main() -> None:
     manifest_sha256 = check(config)
     # It passes DDP a name that torch 2.15 replaces, which older ones do not know.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    meet_again()  # where these are processes that were started again
+    meet(config.hang_seconds)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on CPUs would train each alone
         mixed_precision=config.precision,
@@ -202,7 +203,7 @@ def train(
         with watchdog.paused():  # a score may take long, and a copy
             judge.finish(agreement, lambda: stopped_by or stop.signal)
             report.finish()
-            run.saver.finish()
+            finish_together(agreement, run.saver.finish)
     say_the_end(run, step, total_steps, stopped_by, console)
 
 

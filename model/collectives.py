@@ -5,7 +5,6 @@ Nothing else in ``model/`` knows about ranks.
 Letters in names: N images on this rank, B images on all ranks.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,30 +21,6 @@ def is_distributed() -> bool:
 def talks_over_gloo() -> bool:
     """Whether there is a process group of CPUs."""
     return dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"
-
-
-def meet_again() -> None:
-    """Join the other processes when torchrun or accelerate has started them again.
-
-    Their agent keeps one store for all starts where the port is fixed, as accelerate's always is.
-    The addresses of the processes that are gone still stand in it, and who reads one before it is
-    written anew asks for a connection that nobody takes (seen with torch 2.15 on gloo). So every
-    further start has keys of its own. In a first start, and without such an agent, does nothing.
-
-    Raises:
-        RuntimeError: if they do not meet.
-    """
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if start == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore(f"start {start}", store),  # type: ignore[attr-defined]
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
 
 
 def rank() -> int:

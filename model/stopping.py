@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 
 from model.collectives import is_distributed
+from model.meeting import MissingRankError
 
 # Ctrl-C reaches a process from the terminal and again from its launcher; a person who presses it
-# once more than that wants out at once.
+# once more than that wants out at once. Schedulers repeat their signals, and mean one save.
 PATIENCE = 3
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again.
+# EX_TEMPFAIL of sysexits.h: stopped and saved, nothing is wrong, start me again.
 RESTART_CODE = 75
+# EX_PROTOCOL: hung, or another process is gone. Start me again, but not for ever: it may come back.
+LOST_CODE = 76
 
 
 class StopRequest:
@@ -33,7 +36,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self._count += 1
+        self._count += number == signal.SIGINT
         if self._count >= PATIENCE:
             os.write(sys.stderr.fileno(), b"stopping at once\n")
             os._exit(128 + number)
@@ -54,23 +57,32 @@ LOST = re.compile(
 
 def has_lost_a_rank(error: BaseException) -> bool:
     """Whether an error of a collective says that another process of the run is gone."""
-    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    is_lost = isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    return is_lost or isinstance(error, MissingRankError)
 
 
 @contextmanager
-def lost_rank_ends() -> Iterator[None]:
-    """Around a run: when another process of it is gone, end in one line, to be started again."""
+def may_be_started_again() -> Iterator[None]:
+    """Around a run, which leaves with a code that says so where another start goes on with it.
+
+    When another process is gone, with one line and ``LOST_CODE``. At a scheduler's signal while it
+    starts, when there is nothing to save yet, at once and with ``RESTART_CODE``; ``StopRequest``
+    takes over from that.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: sys.exit(RESTART_CODE))
     try:
         yield
     except RuntimeError as error:
         if not has_lost_a_rank(error):
             raise
         reason = str(error).strip().splitlines()[0]
+        what = "missing" if isinstance(error, MissingRankError) else "gone"
         sys.stderr.write(
-            f"[rank {os.environ.get('RANK', '0')}] another process of this run is gone: ended, "
+            f"[rank {os.environ.get('RANK', '0')}] another process of this run is {what}: ended, "
             f"--resume goes on from the last checkpoint ({reason})\n"
         )
-        sys.exit(RESTART_CODE)
+        sys.exit(LOST_CODE)
 
 
 class Agreement:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from model.stopping import RESTART_CODE
+from model.stopping import LOST_CODE
 
 # Where a thread that hangs holds Python's lock, this one cannot run: then faulthandler's own timer,
 # which needs no lock, dumps and ends the process (with code 1) after as much more of the time.
@@ -31,7 +31,7 @@ class Watchdog:
 
     Args:
         dump: file that the stacks are written to; it is made when there is something to write.
-        seconds: without a beat, after which the process ends with ``RESTART_CODE``; 0 for never.
+        seconds: without a beat, after which the process ends with ``LOST_CODE``; 0 for never.
     """
 
     def __init__(self, dump: Path, seconds: float) -> None:
@@ -102,4 +102,4 @@ class Watchdog:
         os.write(STDERR, line.encode())
         time.sleep(LINGER * self._look_s)
         # At once: whatever would be cleaned up may hang as well.
-        os._exit(RESTART_CODE)
+        os._exit(LOST_CODE)

@@ -1,35 +1,10 @@
 """What ranks tell each other: nothing in one process, the truth in two."""
 
-import os
-import subprocess
-import threading
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from model.collectives import all_equal, average, exchange, gather, rank, world_size
 from tests.run_in_processes import run_in_processes
-from tests.warm_python import warm_python
-
-ROOT = Path(__file__).resolve().parents[1]
-MEETS = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
-from model.collectives import meet_again, rank
-meet_again()
-if not dist.is_initialized():  # as accelerate does
-    dist.init_process_group("gloo")
-store = dist.distributed_c10d._get_default_store()
-has_old_keys = store.check(["of an earlier start"])
-dist.barrier()
-store.set("of an earlier start", "")
-print(rank(), has_old_keys, flush=True)
-os._exit(75)
-"""
 
 
 def talk(own_rows):
@@ -94,34 +69,3 @@ def test_one_process_is_alone_with_its_rows():
     assert torch.equal(gather(rows_N), kept)
     assert torch.equal(exchange(rows_N, [3], [3]), kept)
     assert all_equal([rows_N])
-
-
-def started(rank, port, start):
-    """A process as an agent of torch starts it, which keeps one store for all starts."""
-    agent = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": str(start),
-    }
-    command = [*warm_python(), "-c", MEETS, str(ROOT)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **agent}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def test_processes_that_are_started_again_have_a_store_without_the_addresses_of_the_first():
-    patience = timedelta(seconds=300)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
-    for start in range(3):
-        both = [started(rank, store.port, start) for rank in range(2)]
-        watchdog = threading.Timer(60, lambda both=both: [one.kill() for one in both])
-        watchdog.start()
-        try:
-            assert [one.stdout.readline() for one in both] == ["0 False\n", "1 False\n"]
-        finally:
-            watchdog.cancel()
-            for one in both:
-                one.kill()
-                one.communicate()

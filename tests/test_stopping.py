@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.collectives import rank
-from model.stopping import STOPPING, Agreement, StopRequest, exit_code
+from model.stopping import RESTART_CODE, STOPPING, Agreement, StopRequest, exit_code
 from tests.run_in_processes import run_in_processes
 from tests.warm_python import warm_python
 
@@ -72,6 +72,33 @@ def test_each_wish_is_agreed_on_by_itself_one_step_later():
 
 def test_only_ctrl_c_asks_for_no_restart():
     assert [exit_code(number) for number in STOPPING] == [130, 75, 75]
+
+
+def test_a_scheduler_may_repeat_its_signals_while_the_run_saves():
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        stop = StopRequest()
+        for number in (signal.SIGTERM, signal.SIGUSR1) * 3:
+            os.kill(os.getpid(), number)
+        assert stop.signal == signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_while_a_run_starts_asks_for_a_restart(number):
+    program = (
+        "import os\n"
+        "from model.stopping import may_be_started_again\n"
+        "with may_be_started_again():\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    print('not reached', flush=True)\n"
+    )
+    done = subprocess.run(
+        [*warm_python(), "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (RESTART_CODE, "", "")
 
 
 def test_a_second_signal_is_the_launchers_echo_and_a_third_ends_the_process_at_once():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.stopping import RESTART_CODE
+from model.stopping import LOST_CODE
 from model.watchdog import Watchdog
 from tests.warm_python import warm_python
 
@@ -51,7 +51,7 @@ def run(dump, what, seconds=0.5):
 
 def test_a_hang_leaves_the_stacks_of_all_threads_and_a_code_that_asks_for_a_restart(tmp_path):
     done = run(tmp_path / "hang-3.txt", "waits_for_ever")
-    assert (done.returncode, done.stdout) == (RESTART_CODE, "")
+    assert (done.returncode, done.stdout) == (LOST_CODE, "")
     assert "[rank 3] no step for" in done.stderr and "hang-3.txt" in done.stderr
     dump = (tmp_path / "hang-3.txt").read_text()
     assert dump.startswith("rank 3, ")
@@ -79,13 +79,13 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
-from model.stopping import lost_rank_ends
+from model.stopping import may_be_started_again
 from model.watchdog import Watchdog
 
 def sleeps_for_ever(): time.sleep(600)
 def stands_by(): time.sleep(600)
 
-@lost_rank_ends()
+@may_be_started_again()
 def main():
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -125,7 +125,7 @@ def test_ranks_that_hang_together_all_leave_their_stacks_and_ask_for_a_restart(t
         for rank in range(2)
     ]
     errors = [process.communicate(timeout=100)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [RESTART_CODE] * 2, errors
+    assert [process.returncode for process in ranks] == [LOST_CODE] * 2, errors
     assert all(f"[rank {rank}] no step for" in text for rank, text in enumerate(errors)), errors
     assert_both_left_their_stacks(tmp_path)
 
@@ -145,13 +145,13 @@ def test_accelerate_launch_ends_when_all_ranks_hang(tmp_path):
         timeout=200,
         check=False,
     )
-    assert done.returncode == 1 and f"exitcode: {RESTART_CODE}" in done.stderr.replace("  :", ":")
+    assert done.returncode == 1 and f"exitcode: {LOST_CODE}" in done.stderr.replace("  :", ":")
     assert_both_left_their_stacks(tmp_path)
 
 
 def test_a_folder_that_is_gone_leaves_the_stacks_on_standard_error(tmp_path):
     done = run(tmp_path / "nowhere" / "hang-3.txt", "waits_for_ever")
-    assert done.returncode == RESTART_CODE
+    assert done.returncode == LOST_CODE
     assert "in waits_for_ever" in done.stderr
 
 

@@ -24,7 +24,7 @@ sys.path[0] = str(ROOT)
 
 from eval.step_log import global_batches, logs_of
 from model.checkpoint import checkpoint_folders
-from model.stopping import RESTART_CODE as LOST
+from model.stopping import LOST_CODE
 from tests.forked_run import PATIENCE_S, RUN_S, Life, compare_lives, differing, end_of, write_set
 
 AIM_STEPS, STEPS_PER_CYCLE = 8, 20  # so that the run outlasts all cycles
@@ -53,7 +53,9 @@ def kill_once(run: Path, shards: Path, steps: int, draw: random.Random) -> dict[
         ranks = [0, 1]
     life.kill(ranks, draw.choice([0.0, 0.003]))
     codes = life.end(PATIENCE_S)
-    if [c for rank, c in enumerate(codes) if c != (-signal.SIGKILL if rank in ranks else LOST)]:
+    if [
+        c for rank, c in enumerate(codes) if c != (-signal.SIGKILL if rank in ranks else LOST_CODE)
+    ]:
         raise SystemExit(f"after a kill of {ranks} the run ended with {codes}: see {run}.*.log")
     return {"aim": aim, "killed": ranks, "exit_codes": codes, "half_written": life.is_saving(),
             "newest": newest_step(run)}  # fmt: skip
