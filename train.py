@@ -187,6 +187,7 @@ def train(
             loss, accuracy = train_step(run, batch)
             step += 1
             watchdog.beat()
+            report.advance(step)
             if config.log_samples:
                 samples.write(step, batch.sample_N)
             tell_skipped(wait=is_logged)

@@ -146,7 +146,7 @@ def make_plan(config: TrainConfig, plan: PlanConfig) -> Plan:
         storage=Storage(
             shards=shard_bytes,
             checkpoint=checkpoint,
-            checkpoints=(max(config.keep, 2) + 1) * checkpoint,
+            checkpoints=(config.keep + 1) * checkpoint,
         ),
         flops=flops,
         time=time,
@@ -164,7 +164,9 @@ def order_of(config: TrainConfig, plan: PlanConfig) -> tuple[Order, int | None]:
         order = make_order(store, config.data, config.batch, config.seed)
         return order, sum(shard.bytes for shard in store.manifest.shards)
     if config.data.shards is not None:
-        raise InputError("--plan.pictures and --data.shards both give the pictures: one")
+        raise InputError(
+            "--plan.pictures and --data.shards both give the pictures: leave one of them out"
+        )
     lanes = config.data.lanes or default_lanes(config.batch)
     sizes = np.array([plan.pictures], dtype=np.int64)
     return Order(sizes, config.batch, config.seed, lanes, config.data.window), None

@@ -42,4 +42,6 @@ class PlanConfig:
         if self.utilisation > 1:
             raise InputError(f"--plan.utilisation {self.utilisation}: give a share, at most 1")
         if self.images_per_s is not None and self.roofline is not None:
-            raise InputError("--plan.images-per-s and --plan.roofline both give the speed: one")
+            raise InputError(
+                "--plan.images-per-s and --plan.roofline both give the speed: leave one of them out"
+            )

@@ -12,6 +12,7 @@ from eval.plan import Plan, make_plan
 from eval.plan_config import PlanConfig
 from eval.roofline import figure
 from eval.run_arguments import parse_arguments
+from eval.run_check import about_queue
 from eval.run_config import TrainConfig
 from pipeline.shard_format import atomic_file
 
@@ -48,6 +49,8 @@ def show_plan(run: TrainConfig, settings: PlanConfig, console: Console) -> None:
             table.add_row(*row)
         table.add_section()
     console.print(table)
+    for line in about_queue(run, plan.length.pictures):
+        console.print(line, soft_wrap=True, highlight=False)
     if settings.json is not None:
         with atomic_file(settings.json) as file:
             file.write(json.dumps(figures_of(plan), indent=1).encode() + b"\n")
@@ -68,7 +71,7 @@ def length_rows(plan: Plan) -> Iterator[Row]:
     """Pictures, steps, parameters."""
     length = plan.length
     yield "pictures", f"{length.pictures:,}", plan.shards or "not packed yet"
-    whole = f"{length.epochs:,.4g} epochs of {length.steps_per_epoch:,}"
+    whole = f"{figure(length.epochs)} epochs of {length.steps_per_epoch:,}"
     yield "steps", f"{length.steps:,}", whole
     yield "parameters", f"{plan.parameters:,}", "trained; the key encoder has a copy"
 
@@ -104,8 +107,12 @@ def storage_rows(plan: Plan) -> Iterator[Row]:
 def time_rows(plan: Plan) -> Iterator[Row]:
     """Arithmetic, hours, cost."""
     flops, length, time = plan.flops, plan.length, plan.time
-    each = f"{flops.forward / 1e9:,.3g} forward, {flops.backward / 1e9:,.3g} backward"
-    yield "GFLOP of a picture", f"{flops.total / 1e9:,.4g}", f"{each}, {flops.loss / 1e9:,.2g} loss"
+    each = f"{figure(flops.forward / 1e9)} forward, {figure(flops.backward / 1e9)} backward"
+    yield (
+        "GFLOP of a picture",
+        figure(flops.total / 1e9),
+        f"{each}, {figure(flops.loss / 1e9)} loss",
+    )
     whole = flops.total * length.batch * length.steps
     yield "PFLOP of the run", figure(whole / 1e15), ""
     if time is None:

@@ -8,6 +8,7 @@ left out. Written to RUN/report.html.
 """
 
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from eval.judged import checkpoint_encoder
 from eval.recipes import RECIPES
 from eval.report_page import Page, curve_of, shown
 from eval.run_folder import ENVIRONMENT_NAME
-from eval.run_report import LOG_NAME, duration
+from eval.run_report import LOG_NAME, duration, step_of
 from eval.step_log import logs_of
 from eval.weights_source import open_checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
@@ -82,14 +83,9 @@ class ReportConfig:
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a half-written last one is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """The lines of a log; half-written and damaged ones are left out."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(step_of(line))]
 
 
 def series_of(lines: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:

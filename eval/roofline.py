@@ -20,6 +20,7 @@ PARTS = ("read", "decode", "views", "model")
 RESIZE_MARGIN = 8 / 7
 # Below it, the parts hinder each other more than they should.
 GOOD_OVERLAP = 0.8
+LEAST_SHOWN = 0.001
 # Fastest over slowest round, above which something else had a part in it.
 STEADY_RANGE = 2.0
 
@@ -168,7 +169,9 @@ def unsteady(speeds: dict[str, Speed]) -> list[str]:
 
 
 def figure(speed: float) -> str:
-    """A speed with three digits that matter, without exponents."""
+    """A speed, or another number from 0, with three digits that matter and without exponents."""
+    if 0 < speed < LEAST_SHOWN:
+        return f"below {LEAST_SHOWN}"
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 

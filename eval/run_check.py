@@ -80,10 +80,26 @@ def check_order(config: TrainConfig, order: Order, world: int) -> None:
         micro_batches_of(config, world)
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_queue_fits(config)
     if config.moco.mechanism == "memory-bank" and order.samples <= config.batch:
         raise InputError(
             f"a memory bank needs more pictures than a batch, there are {order.samples} for a "
             f"--batch of {config.batch}: give a smaller one, or another --moco.mechanism"
+        )
+
+
+def check_queue_fits(config: TrainConfig) -> None:
+    """See that the keys of a queue are not more than a machine can hold.
+
+    Raises:
+        InputError: if they are.
+    """
+    needed = config.moco.queue * config.encoder.dim * 4  # float32, as they are drawn on the host
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if config.moco.mechanism == "queue" and needed > memory:
+        raise InputError(
+            f"--moco.queue {config.moco.queue}: its keys take {needed / 2**30:,.0f} GiB, this "
+            f"machine has {memory / 2**30:,.0f} of memory: give a shorter one"
         )
 
 
@@ -93,7 +109,7 @@ def length_in_steps(config: TrainConfig, order: Order) -> int:
     Raises:
         InputError: if there are none.
     """
-    steps = config.steps or round(config.epochs * order.steps_per_epoch)
+    steps = config.length(order.steps_per_epoch)
     if steps < 1:
         raise InputError(
             f"--epochs {config.epochs} of {order.steps_per_epoch} steps is less than a step: give "
@@ -120,6 +136,17 @@ def about_micro_batches(config: TrainConfig, world: int) -> Iterator[str]:
             f"note: with --moco.batch-norm {batch_norm} batch norm sees the {seen} pictures of a "
             f"micro-batch, not {seen * count}, so --micro-batch changes what is learnt; with "
             "shuffle it does not"
+        )
+
+
+def about_queue(config: TrainConfig, pictures: int) -> Iterator[str]:
+    """That it is long for so many pictures."""
+    queue, longest = config.moco.queue, max(pictures // 4, 1)
+    if config.moco.mechanism == "queue" and queue > longest:
+        yield (
+            f"note: the queue of {queue:,} keys is longer than a quarter of the {pictures:,} "
+            "pictures, so a picture may be its own negative; "
+            f"--moco.queue {longest} or less avoids that"
         )
 
 
@@ -150,13 +177,8 @@ def introduce(
             "note: `accelerate launch --cpu` starts one process whatever its --num_processes; "
             "several on CPUs: accelerate launch --multi_gpu --num_processes N, or torchrun"
         )
-    is_long = order.samples // 4 < moco.queue < order.samples  # a longer one raises an alarm
-    if moco.mechanism == "queue" and is_long:
-        yield (
-            f"note: the queue of {moco.queue} keys is longer than a quarter of the "
-            f"{order.samples} pictures, so a picture may be its own negative; --moco.queue "
-            f"{max(order.samples // 4, 1)} or less avoids that"
-        )
+    if moco.queue < order.samples:  # a longer one raises an alarm
+        yield from about_queue(config, order.samples)
     if found:
         yield f"resumed after step {found.step} from {found.folder}"
         before = found.state["config"]

@@ -37,6 +37,9 @@ MAY_CHANGE = {
 }
 
 
+LEAST_KEPT = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every number of a run."""
@@ -103,10 +106,17 @@ class TrainConfig:
         require_at_least_1(self, "batch", "log_every", "save_every", "knn_every", "max_skipped")
         if self.micro_batch is not None:
             require_at_least_1(self, "micro_batch")
+        if self.steps is not None:
+            require_at_least_1(self, "steps")
         if self.health_every < 0:
             raise InputError(f"--health-every {self.health_every}: give 0 or more")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"--steps {self.steps}: give a number of at least 1")
+        if self.keep < LEAST_KEPT:
+            raise InputError(
+                f"--keep {self.keep}: give at least {LEAST_KEPT}, so that there is another one "
+                "where the newest is damaged"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: give a number from 0 to 2**63 - 1")
         for name in ("save_minutes", "hang_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = "--" + name.replace("_", "-")
@@ -115,6 +125,10 @@ class TrainConfig:
             raise InputError(f"--epochs {self.epochs}: give a number above 0")
         if (self.knn_train is None) != (self.knn_test is None):
             raise InputError("--knn-train and --knn-test belong together: give both or none")
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        return self.steps or round(self.epochs * steps_per_epoch)
 
 
 def read_config(path: Path, recipe: TrainConfig | None) -> TrainConfig:

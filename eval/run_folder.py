@@ -262,6 +262,12 @@ def refuse_other_run(asked: Asked, state: dict[str, Any], where: str) -> None:
             f"{where} was trained with {'; '.join(other[:SHOWN_DIFFERENCES])}{more}: use "
             "the same, or start a new run in another --output"
         )
+    done, end = state["step"], config.length(state["data"]["samples"] // config.batch)
+    if done > end:
+        raise InputError(
+            f"{where} has done {done:,} steps, --steps or --epochs ask for {end:,} in all: ask for "
+            "as many or more, or start a new run in another --output"
+        )
 
 
 def write_settings(output: Path, config: TrainConfig) -> None:

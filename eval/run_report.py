@@ -89,6 +89,7 @@ class RunReport:
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+            self._live.update(self._panel([("waiting", "for the first report")]))
         if self._run is not None:
             self._raise(self._first_step, self._alarms.start())
         return self
@@ -106,6 +107,11 @@ class RunReport:
         """One line for the person who watches."""
         self._console.print(message, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
+    def advance(self, step: int) -> None:
+        """Move the bar of a live display; between reports it may take minutes."""
+        if self._live is not None:
+            self._steps.update(self._bar, completed=step)
+
     def steps(self, step: int, values: dict[str, float]) -> None:
         """Report ``step`` steps done; ``values`` by the names that the log and tracker use."""
         if self._run is None:
@@ -116,8 +122,8 @@ class RunReport:
         if self._live is None:
             self.note(self._line(step))
         else:
-            self._steps.update(self._bar, completed=step)
-            self._live.update(self._panel(step))
+            self.advance(step)
+            self._live.update(self._panel(self._shown(step)))
 
     def health(self, step: int, values: dict[str, Any]) -> None:
         """Report a look at the dictionary, by ``HealthWatch``, after ``steps``."""
@@ -191,11 +197,12 @@ class RunReport:
         rest = "  ".join(f"{name} {value}" for name, value in self._shown(step))
         return f"step {step}/{self._total_steps}  {rest}"
 
-    def _panel(self, step: int) -> Panel:
+    def _panel(self, shown: list[tuple[str, str]]) -> Panel:
         table = Table.grid(padding=(0, 2))
-        for name, value in self._shown(step):
+        for name, value in shown:
             table.add_row(f"[dim]{name}[/]", value)
-        table.add_row("[dim]recent loss[/]", sparkline(list(self._losses)))
+        if self._losses:
+            table.add_row("[dim]recent loss[/]", sparkline(list(self._losses)))
         for name, value in self._health:
             table.add_row(f"[dim]{name}[/]", value)
         if self._alarm is not None:
@@ -214,7 +221,7 @@ def trim_log(path: Path, step: int) -> None:
     """Drop what an earlier part of the run logged after the checkpoint that is resumed from."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if step_of(line) <= step]
+    kept = [line for line in path.read_text(errors="replace").splitlines() if step_of(line) <= step]
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(f"{line}\n" for line in kept))
     part.replace(path)

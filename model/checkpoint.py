@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ FOLDER_PATTERN = re.compile(r"step-(\d{9})")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+class NewerVersionError(CheckpointError):
+    """One that a later version of this program wrote: whole, and not to be written over."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: if it is none, is damaged, or was written by another version.
     """
     try:
+        require_file(folder / MANIFEST_NAME)
         files = parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder))
         unknown = {path.name for path in folder.iterdir()} - {*files, MANIFEST_NAME}
         if unknown:
@@ -166,6 +172,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 "checkpoint of ours has safetensors and JSON only, remove what is not of it"
             )
         for name, entry in files.items():
+            size = require_file(folder / name)
+            if size != entry.bytes:
+                raise CheckpointError(
+                    f"{folder / name} is damaged: it has {size:,} bytes instead of {entry.bytes:,}"
+                )
             if file_sha256(folder / name) != entry.sha256:
                 raise CheckpointError(f"{folder / name} is damaged: its checksum differs")
         tensors = {
@@ -187,6 +198,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} holds unreadable tensors ({error})") from error
 
 
+def require_file(path: Path) -> int:
+    """Bytes of a plain file; a link to one is as good.
+
+    Raises:
+        CheckpointError: if it is a device or a pipe, whose reading may have no end.
+        FileNotFoundError: if it is not there.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is damaged: it is no plain file")
+    return status.st_size
+
+
 def parse_manifest(content: bytes, where: str) -> dict[str, FileEntry]:
     """The files of a checkpoint by name, which its manifest lists.
 
@@ -200,10 +224,11 @@ def parse_manifest(content: bytes, where: str) -> dict[str, FileEntry]:
     """
     try:
         manifest = json.loads(content)
-        if manifest["version"] != CHECKPOINT_VERSION:
-            raise CheckpointError(
-                f"{where} has checkpoint version {manifest['version']}, this program reads "
-                f"{CHECKPOINT_VERSION}"
+        if (version := int(manifest["version"])) != CHECKPOINT_VERSION:
+            kind = NewerVersionError if version > CHECKPOINT_VERSION else CheckpointError
+            raise kind(
+                f"{where} has checkpoint version {version}, this program reads "
+                f"{CHECKPOINT_VERSION}: use the version of this program that wrote it"
             )
         files = {
             name: FileEntry(int(entry["bytes"]), str(entry["sha256"]))
@@ -248,10 +273,14 @@ def first_intact(
 
     Raises:
         CheckpointError: if there is none.
+        NewerVersionError: at the first of these, which a run that went on from an older one would
+            write over.
     """
     for load in places:
         try:
             return load()
+        except NewerVersionError:
+            raise
         except CheckpointError as error:
             warn(f"{error}; falling back to the checkpoint before it")
     raise CheckpointError(f"none of the {len(places)} checkpoints in {where} is intact")

@@ -8,6 +8,7 @@ Letters in names: N images on this rank, B images on all ranks, H W pixels, D em
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,7 +63,7 @@ class MoCoConfig:
             ("queue", self.queue >= 1, "at least 1"),
             ("momentum", 0 <= self.momentum <= 1, "from 0 to 1"),
             ("bank-momentum", 0 <= self.bank_momentum < 1, "from 0 to below 1"),
-            ("temperature", self.temperature > 0, "above 0"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
             ("batch-norm-groups", self.batch_norm_groups >= 1, "at least 1"),
         )
         for flag, fits, allowed in checks:

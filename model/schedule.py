@@ -40,6 +40,12 @@ class OptimiserConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 flag = "--optimiser." + name.replace("_", "-")
                 raise ValueError(f"{flag} {getattr(self, name)}: give a number of at least 0")
+        places = self.milestones
+        if list(places) != sorted(places) or not all(0 <= place <= 1 for place in places):
+            given = " ".join(map(str, places))
+            raise ValueError(
+                f"--optimiser.milestones {given}: give shares of the run, from 0 to 1 and rising"
+            )
         for name in ("lr_batch", "decay_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

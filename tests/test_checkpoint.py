@@ -147,11 +147,32 @@ def test_a_checkpoint_with_a_pickle_beside_it_is_refused_and_the_one_before_is_u
     assert newest_checkpoint(tmp_path, lambda _: None).step == 1
 
 
-def test_a_checkpoint_of_another_version_is_refused_with_both_numbers(tmp_path):
-    folder = save(tmp_path, 1) / "step-000000001"
+def test_a_checkpoint_of_a_later_version_is_refused_and_never_passed_over(tmp_path):
+    folder = save(tmp_path, 1, 2) / "step-000000002"
     edit_manifest(folder, lambda manifest: manifest.update(version=99))
-    with pytest.raises(CheckpointError, match="has checkpoint version 99, this program reads 1"):
-        load_checkpoint(folder)
+    for load in (load_checkpoint, lambda folder: newest_checkpoint(folder.parent, pytest.fail)):
+        with pytest.raises(CheckpointError, match=r"has checkpoint version 99, this .* reads 1:"):
+            load(folder)
+
+
+@pytest.mark.parametrize("name", ["encoder_q.safetensors", "manifest.json"])
+@pytest.mark.parametrize("kind", ["endless", "pipe"])
+def test_what_is_no_plain_file_is_not_read(tmp_path, name, kind):
+    file = save(tmp_path, 1, 2) / "step-000000002" / name
+    file.unlink()
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to("/dev/zero")
+    assert newest_checkpoint(tmp_path, lambda _: None).step == 1
+
+
+def test_a_file_may_be_a_link_and_has_the_size_that_the_manifest_says(tmp_path):
+    file = save(tmp_path, 1) / "step-000000001" / "encoder_q.safetensors"
+    file.rename(tmp_path / "moved")
+    file.symlink_to(tmp_path / "moved")
+    load_checkpoint(file.parent)
+    with (tmp_path / "moved").open("ab") as moved:
+        moved.write(b"more")
+    with pytest.raises(CheckpointError, match=r"encoder_q.* is damaged: it has [\d,]+ bytes inst"):
+        load_checkpoint(file.parent)
 
 
 def test_the_newest_is_chosen_by_its_step_and_foreign_folders_are_left_alone(tmp_path):

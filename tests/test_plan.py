@@ -183,6 +183,18 @@ def test_the_table_and_the_file_have_the_same_figures(tmp_path):
     )
 
 
+def test_figures_have_no_exponents():
+    numbers = (0, 7.98e-06, 0.0117, 13.33, 416_666.7)
+    assert [figure(n) for n in numbers] == ["0", "below 0.001", "0.0117", "13.3", "416,667"]
+
+
+def test_a_plan_says_that_the_queue_is_long_for_the_pictures():
+    text = io.StringIO()
+    config = replace(TINY, moco=replace(TINY.moco, queue=1001))
+    show_plan(config, PLAN, Console(file=text, width=120))
+    assert "the queue of 1,001 keys is longer than a quarter of the 4,000" in text.getvalue()
+
+
 @pytest.mark.parametrize(
     ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (27_966_656, "28 MB")]
 )

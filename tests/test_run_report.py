@@ -80,6 +80,14 @@ def test_a_plain_line_says_everything_once(make_report):
         assert line.count(part) == 1, part
 
 
+def test_a_live_display_is_there_and_moves_before_the_first_report(make_report):
+    report, printed, _ = make_report(is_terminal=True)
+    with report:
+        report.advance(3)
+    assert "for the first report" in printed.getvalue()
+    assert "3/40" in printed.getvalue()
+
+
 def test_arithmetic_and_gpu_memory_are_shown_where_they_are_known(make_report):
     report, printed, _ = make_report()
     gpu = {"flops_per_second": 1.5e12, "gpu_memory_gib": 3.0, "gpu_memory_peak_gib": 9.0}

@@ -756,6 +756,12 @@ OUT_OF_RANGE = [
     ("--optimiser.lr", "-1"),
     ("--optimiser.lr", "nan"),
     ("--seed", "-1"),
+    ("--seed", str(2**63)),
+    ("--keep", "1"),
+    ("--moco.temperature", "inf"),
+    ("--moco.queue", str(10**13)),  # keys of 4.5 PiB
+    ("--optimiser.milestones", "0.8", "0.6"),
+    ("--optimiser.milestones", "120", "160"),
 ]
 
 
@@ -804,6 +810,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(six_st
         (["--batch", "16"], "batch = 8, now it is 16"),
         (["--moco.queue", "8"], "moco.queue = 20, now it is 8"),
         (["--seed", "1"], "seed = 0, now it is 1"),
+        (["--steps", "5"], "has done 6 steps, --steps or --epochs ask for 5 in all"),
     ],
     ids=lambda value: "".join(value),
 )
