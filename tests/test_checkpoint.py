@@ -70,8 +70,15 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
         assert path.read_bytes() == (second / "step-000000005" / path.name).read_bytes()
 
 
-def test_nothing_else_lies_beside_the_checkpoints(tmp_path):
-    save(tmp_path, 1, 2)
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_nothing_else_lies_beside_the_checkpoints_and_no_file_stays_open(tmp_path):
+    save(tmp_path, 1)
+    before = open_files()
+    save(tmp_path, 2)
+    assert open_files() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
     assert {p.name for p in (tmp_path / "step-000000002").iterdir()} == {*FILES, "manifest.json"}
 
@@ -200,6 +207,14 @@ def test_a_run_without_an_intact_checkpoint_is_an_error(tmp_path):
 def test_as_many_are_kept_as_asked_but_never_fewer_than_two(tmp_path, keep, left):
     save(tmp_path, 1, 2, 3, 4, 5, keep=keep)
     assert steps_in(tmp_path) == left
+
+
+def test_an_old_one_that_cannot_be_removed_fails_no_save(tmp_path):
+    save(tmp_path / "other disk", 1)
+    run = save(tmp_path / "run", 2)
+    (run / "step-000000001").symlink_to(tmp_path / "other disk" / "step-000000001")
+    save(run, 3, 4, keep=2)
+    assert steps_in(run) == [1, 3, 4]
 
 
 def test_the_same_step_again_replaces_its_checkpoint(tmp_path):

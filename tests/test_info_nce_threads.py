@@ -1,11 +1,13 @@
 """The loss's pass over the queue on several threads; the truth is the softmax in float64."""
 
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from model.info_nce_threads import threaded_sums
+from model.info_nce_threads import SEGMENTS, threaded_sums
 from tests.test_info_nce import unit_rows
 
 
@@ -50,21 +52,39 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
 
 def test_the_work_is_shared_and_pytorch_keeps_its_threads(threads, monkeypatch):
-    seen = set()
+    seen = Counter()
     plain = threaded_sums.__globals__["chunked_sums"]
 
     def watched(*args, **kwargs):
-        seen.add(threading.current_thread().name)
+        seen[threading.current_thread()] += 1
         assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
         return plain(*args, **kwargs)
 
-    threads(3)
+    threads(4)  # as no other test, so that the pool begins here
     threaded_sums(*case(2, 4, 40))
     monkeypatch.setattr("model.info_nce_threads.chunked_sums", watched)
     for _ in range(20):
         threaded_sums(*case(64, 64, 4096))
-    assert len(seen) > 1 and all(name.startswith("info-nce") for name in seen)
-    assert torch.get_num_threads() == 3
+    assert 1 < len(seen) <= 4 and all(thread.name.startswith("info-nce") for thread in seen)
+    assert seen.total() == 20 * SEGMENTS
+    # Of this thread, and what one that begins now takes over.
+    assert torch.get_num_threads() == 4
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == 4
+
+
+def test_a_short_queue_wakes_no_thread(threads, monkeypatch):
+    monkeypatch.undo()
+    seen, plain = set(), threaded_sums.__globals__["chunked_sums"]
+
+    def watched(*args, **kwargs):
+        seen.add(threading.current_thread())
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr("model.info_nce_threads.chunked_sums", watched)
+    threads(3)
+    threaded_sums(*case(8, 32, 3001))
+    assert seen == {threading.current_thread()}
 
 
 def test_an_error_in_a_thread_reaches_the_caller(threads):

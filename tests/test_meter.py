@@ -40,7 +40,8 @@ def test_every_reading_counts_from_the_one_before(clock):
     meter = Meter(8, LoaderFigures)
     take_steps(meter, clock, 10)
     meter.read()
-    take_steps(meter, clock, 5, wait_s=4.0, work_s=4.0)
+    take_steps(meter, clock, 3, wait_s=6.0, work_s=4.0)
+    take_steps(meter, clock, 2, wait_s=1.0, work_s=4.0)
     assert speed_of(meter) == pytest.approx({"images_per_second": 1.0, "data_wait_share": 0.5})
 
 
@@ -73,6 +74,7 @@ def test_what_follows_from_the_speed_is_asked_with_it(clock):
 
 
 def test_totals_before_the_first_step_are_those_before(clock):
+    assert Meter(8, LoaderFigures).totals() == Totals(images=0, training_s=0.0, waited_s=0.0)
     before = Totals(images=800, training_s=100.0, waited_s=40.0)
     meter = Meter(8, LoaderFigures, before)
     clock.seconds += 1000.0

@@ -144,8 +144,12 @@ def test_the_clock_asks_for_a_save_once_the_minutes_are_over_and_none_is_under_w
     now[0] += 1
     assert saver.is_wanted() and not never.is_wanted()
     saver.save(1, {})
-    now[0] += 30
+    now[0] += 31
     assert not saver.is_wanted()  # the one before is not written yet
     held_writes.set()
     saver.finish()
     assert saver.is_wanted()
+    saver.save(2, {})
+    saver.finish()
+    now[0] += 29
+    assert not saver.is_wanted()

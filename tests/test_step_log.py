@@ -42,6 +42,12 @@ def test_one_then_four_then_two_processes_log_the_batches_of_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # ranks 2 and 3 did steps 5 to 7
 
 
+def test_a_line_is_with_the_system_once_its_step_is_over(tmp_path):
+    with StepLog(tmp_path, "samples", 0, 1, 0) as log:
+        log.write(1, np.array([5, 3]))
+        assert global_batches(tmp_path) == {1: [5, 3]}  # as after a kill at this moment
+
+
 def test_a_log_of_which_no_line_is_written_is_no_file(tmp_path):
     write(tmp_path, 0, 1, 0, 0)
     assert not list(tmp_path.iterdir())
