@@ -172,12 +172,17 @@ def test_a_process_with_one_picture_has_no_statistics_and_is_refused(settings):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("queue", 0), ("momentum", 1.1), ("momentum", -0.1), ("temperature", 0.0),
-     ("batch_norm_groups", 0)],
+     ("bank_momentum", 1.0), ("bank_momentum", -0.1), ("batch_norm_groups", 0)],
 )  # fmt: skip
 def test_a_number_out_of_range_is_named_with_its_flag(name, value):
     flag = "--moco." + name.replace("_", "-")
     with pytest.raises(ValueError, match=f"{flag} {value}: give a number"):
         MoCoConfig(**{name: value})
+
+
+def test_numbers_at_the_end_of_their_range_are_taken():
+    MoCoConfig(queue=1, momentum=0.0, bank_momentum=0.0, batch_norm_groups=1)
+    MoCoConfig(momentum=1.0)
 
 
 def train(steps):

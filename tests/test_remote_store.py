@@ -26,7 +26,7 @@ from pipeline.data_config import DataConfig
 from pipeline.loader import PairLoader
 from pipeline.program import InputError
 from pipeline.remote_folder import RetryPolicy
-from pipeline.shard_cache import GIB, CacheConfig, ShardCache
+from pipeline.shard_cache import GIB, CacheConfig
 from pipeline.shard_store import BadSampleError, ShardStore
 from tests.fault_proxy import proxy_to
 
@@ -335,26 +335,6 @@ def test_what_a_killed_process_left_is_cleared_and_fetched_anew(proxy, tmp_path)
 def test_a_cache_too_small_for_two_shards_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--data\.cache-gib .* is too small .* give at least"):
         ShardStore("s3://bucket/set", CacheConfig(folder=tmp_path, gib=300_000 / GIB), QUICK)
-
-
-def test_a_full_disk_ends_the_run_with_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    cache = ShardCache(CacheConfig(folder=tmp_path, gib=1))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    cache.fetch("old", 100, lambda _: None, may_wait=True)
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match="the disk is full, 500 bytes are needed"):
-        cache.fetch("new", 500, lambda _: None, may_wait=True)
-    assert cache.evictions == 1 and [p.name for p in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_failed_download_leaves_nothing_under_either_name(tmp_path):
-    cache = ShardCache(CacheConfig(folder=tmp_path, gib=1))
-    with pytest.raises(ZeroDivisionError):
-        cache.fetch("key", 100, lambda _: 1 / 0, may_wait=True)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.usefixtures("proxy")

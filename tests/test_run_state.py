@@ -52,6 +52,18 @@ def test_an_optimiser_goes_on_bit_by_bit_from_its_flattened_state(kind):
     torch.testing.assert_close(others, parameters, rtol=0, atol=0)
 
 
+def test_a_restored_optimiser_lies_in_memory_as_its_parameters_do():
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = OPTIMISERS["sgd"]([parameter])
+    descend([parameter], optimizer, 1)
+    tensors, plain = flatten_optimiser(optimizer)
+    saved = {name: tensor.contiguous() for name, tensor in tensors.items()}  # as a file has it
+    restore_optimiser(optimizer, saved, plain)
+    restored = optimizer.state[parameter]["momentum_buffer"]
+    assert restored.stride() == parameter.stride() != saved["0.momentum_buffer"].stride()
+    assert torch.equal(restored, saved["0.momentum_buffer"])
+
+
 def pieces(seed, *, backbone="test_resnet", queue=8, scaler=None):
     """All that a run state holds, and the run state."""
     torch.manual_seed(seed)
