@@ -41,6 +41,7 @@ from model.checkpoint import CheckpointError
 from model.compiling import compile_encoders
 from model.dictionary import Dictionary
 from model.encoder import EncoderError
+from model.gradient_sum import sum_in_rank_order
 from model.mechanism import ENCODERS, chance_loss, loss_scale, make_dictionary
 from model.meeting import meet
 from model.micro_batches import MicroBatches
@@ -106,6 +107,7 @@ def main() -> None:
         dictionary = make_dictionary(config.moco, config.encoder.dim, samples, config.seed)
         dictionary = dictionary.to(accelerator.device)
         wrapped = accelerator.prepare(moco)  # the optimiser needs no wrapper, the guard steps it
+        sum_in_rank_order(wrapped)
         optimizer = make_optimiser(config.optimiser, moco.parameters())
         state = RunState(moco, dictionary, optimizer, accelerator.scaler)
         if found:

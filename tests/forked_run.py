@@ -183,23 +183,28 @@ def differing(first: dict[str, object], second: dict[str, object]) -> list[str]:
 
 
 def compare_lives(
-    compare: Callable[[Path, int, int], dict[str, object]], about: str, cycles: int
+    compare: Callable[..., dict[str, object]], about: str, cycles: int, processes: int = 0
 ) -> None:
     """The program that compares a run with one that was killed; exit code 1 if anything differs.
 
     Args:
-        compare: from a folder, the number of kills and a seed the last line, with ``equal``.
+        compare: from a folder, the number of kills and a seed the last line, with ``equal``; also
+            from the number of processes, where that can be given.
         about: what it does, in its first line.
         cycles: kills, unless told otherwise.
+        processes: of the run, unless told otherwise; 0 where that cannot be given.
     """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--cycles", type=int, default=cycles, help="kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
+    if processes:
+        parser.add_argument("--processes", type=int, default=processes, help="of the run")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix=f"{Path(sys.argv[0]).stem}-"))
     folder.mkdir(parents=True, exist_ok=True)
-    line = compare(folder, given.cycles, given.seed)
+    more = (given.processes,) if processes else ()
+    line = compare(folder, given.cycles, given.seed, *more)
     sys.stdout.write(json.dumps(line) + "\n")
     if line["equal"] and not given.folder:
         shutil.rmtree(folder)

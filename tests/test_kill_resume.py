@@ -32,6 +32,11 @@ def test_a_run_killed_three_times_ends_as_one_never_killed():
     assert line["left_half_written"] >= 1  # this seed's kills come while checkpoints are written
 
 
+def test_with_four_processes_too_whose_gradients_may_be_added_up_in_many_orders():
+    line = last_line("kill_resume.py", "--cycles", "1", "--processes", "4")
+    assert (line["cycles"], line["processes"], line["equal"]) == (1, 4, True)
+
+
 def test_two_machines_that_are_lost_twice_end_as_if_they_had_not_been():
     line = last_line("lost_machines.py", "--cycles", "2")
     assert (line["cycles"], line["equal"]) == (2, True)
