@@ -5,8 +5,8 @@
 Final weights, optimiser and queue, the logged losses and the log of sample ids must be equal bit
 by bit. Kills are drawn by ``--seed``: while a run starts, between and in steps, while a checkpoint
 is written; all processes at once, one shortly after the other, or, once they have met, one alone,
-after which the others must end by themselves with the exit code that asks for a restart. Prints a JSON
-line per cycle and a last one with ``cycles`` and ``equal``.
+after which the others must end by themselves with the exit code that asks for a restart. Prints a
+JSON line per cycle and a last one with ``cycles`` and ``equal``.
 
 The processes are forks (``tests/forked_run.py``) and run ``train.py``, whole, over gloo.
 """
