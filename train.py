@@ -121,7 +121,7 @@ def main() -> None:
             keep=config.keep,
             minutes=config.save_minutes,
             failed=partial(say_not_saved, console),
-            copies=mirror_of(config, found, accelerator, console),
+            copies=mirror_of(config, found, console),
         )
         skipped = found.state.get("skipped_steps", 0) if found else 0
         guard = StepGuard(moco, accelerator.scaler, skipped)
@@ -172,13 +172,12 @@ def train(
     )
     report = open_report(run, tracking, first_step, total_steps, console)
     step, stopped_by = first_step, 0
-    samples, skipped = (open_log(run, name, first_step) for name in ("samples", "skipped"))
-    watchdog = Watchdog(
-        run.output / f"hang-{run.accelerator.process_index}.txt", config.hang_seconds
-    )
+    rank = run.accelerator.process_index
+    samples, skipped = (StepLog(run.output, name, rank) for name in ("samples", "skipped"))
+    watchdog = Watchdog(run.output / f"hang-{rank}.txt", config.hang_seconds)
     judge = open_judge(run, report)
     tell_skipped = partial(report_skipped, run.guard, report, skipped, config.max_skipped)
-    with report, samples, skipped, watchdog, judge:
+    with run.saver, report, samples, skipped, watchdog, judge:
         while step < total_steps and not stopped_by:
             with meter.waiting_for_data():
                 batch = next(run.loader)
@@ -367,14 +366,6 @@ def open_report(
         track=tracking.log,
         alarms=alarms_of(run),
         console=console,
-    )
-
-
-def open_log(run: Run, name: str, first_step: int) -> StepLog:
-    """A log of this process's samples."""
-    accelerator = run.accelerator
-    return StepLog(
-        run.output, name, accelerator.process_index, accelerator.num_processes, first_step
     )
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run below a URL: which there are, and one of them as a local folder.
 
 They lie as in the folder of a run: ``step-000012000/`` with ``manifest.json``, without which a
-folder is no checkpoint, and beside them the run's logs. Only safetensors and JSON are fetched; how
-large a file may be is known before a byte of it is.
+folder is no checkpoint. Of them only safetensors and JSON are fetched; how large a file may be is
+known before a byte of it is. Beside them lie the run's logs (``eval/log_copies.py``).
 """
 
 import hashlib
@@ -11,11 +11,14 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eval.run_report import LOG_NAME
+from eval.log_copies import Machine, fetch_logs
+from eval.tracking import STATE_NAME as TRACKERS_NAME
+from eval.tracking import is_state
 from model.checkpoint import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -40,8 +43,6 @@ from pipeline.shard_format import atomic_file
 T = TypeVar("T")
 MANIFEST_LIMIT_BYTES = 1 << 20
 STATE_LIMIT_BYTES = 64 << 20
-# Logs of a run that go along with its checkpoints, so that the run that goes on continues them.
-LOG_PATTERNS = (LOG_NAME, "quarantine-*.jsonl", "skipped-*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,16 @@ class RemoteCheckpoints:
             raise CheckpointError(f"{where} does not hold the state of step {step}")
         return Head(step, where, manifest, files, state)
 
-    def fetch(self, head: Head, run: Path) -> Path:
+    def fetch(self, head: Head, run: Path, along: Callable[[], None] = lambda: None) -> Path:
         """A checkpoint as a folder in that of a run; checked, and there whole or not at all.
 
         Several processes may fetch one into the same folder.
+
+        Args:
+            head: of the checkpoint.
+            run: folder of the run.
+            along: fetches what belongs to it, before it stands: a start that finds it looks no
+                further.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -138,6 +145,7 @@ class RemoteCheckpoints:
                 self._download(f"{folder_name(head.step)}/{name}", entry, part / name)
             with atomic_file(part / MANIFEST_NAME) as file:
                 file.write(head.manifest)
+            along()
             put_in_place(part, final)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -147,25 +155,30 @@ class RemoteCheckpoints:
             raise
         return final
 
-    def fetch_logs(self, run: Path) -> None:
-        """Put the logs that lie beside the checkpoints into the folder of a run.
+    def fetch_beside(
+        self, step: int, run: Path, machine: Machine, warn: Callable[[str], None]
+    ) -> None:
+        """Put what lies beside a checkpoint into a run's folder: logs and the trackers' state.
+
+        Args:
+            step: of the checkpoint.
+            run: folder of the run.
+            machine: whose logs are wanted.
+            warn: told of a log that is not whole.
 
         Raises:
             InputError: if the store does not serve.
             OSError: if they cannot be written.
         """
         try:
-            sizes = self._folder.tree()
-            for name in sizes:
-                if "/" not in name and is_log(name):
-                    self._download_log(name, sizes[name], run / name)
+            fetch_logs(self._folder, step, run, machine, warn)
+            with suppress(DamagedError):
+                state = self._folder.read(TRACKERS_NAME, MANIFEST_LIMIT_BYTES)
+                if machine.first == 0 and is_state(state):
+                    with atomic_file(run / TRACKERS_NAME) as file:
+                        file.write(state)
         except RemoteError as error:
             raise unreachable(self.url, error) from error
-
-    def _download_log(self, name: str, size: int, path: Path) -> None:
-        with atomic_file(path) as file:
-            file.truncate(size)
-            self._folder.download(name, size, "", file.fileno())
 
     def _read(self, name: str, limit_bytes: int) -> bytes:
         return self._served(lambda: self._folder.read(name, limit_bytes))
@@ -193,11 +206,6 @@ def complete_steps(sizes: dict[str, int]) -> list[int]:
     places = [name.split("/") for name in sizes]
     found = [step_in(place[0]) for place in places if place[1:] == [MANIFEST_NAME]]
     return sorted(step for step in found if step is not None)
-
-
-def is_log(name: str) -> bool:
-    """Whether it is the name of a log that goes along with checkpoints."""
-    return any(Path(name).match(pattern) for pattern in LOG_PATTERNS)
 
 
 def put_in_place(part: Path, final: Path) -> None:

@@ -3,17 +3,18 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.environment import environment
+from eval.log_copies import Machine
 from eval.mirror_at_start import Copies, copies_at_start, nothing_to_go_on_from
 from eval.remote_checkpoints import RemoteCheckpoints
 from eval.run_config import MAY_CHANGE, TrainConfig
 from eval.run_report import LOG_NAME, trim_log
-from eval.step_log import rank_of
+from eval.step_log import cut, logs_of, rank_of
 from model.checkpoint import (
     MANIFEST_NAME,
     Checkpoint,
@@ -50,6 +51,8 @@ class Asked:
     """Identity of the data set."""
     mirror: RemoteCheckpoints | None = None
     """Copies of the run's checkpoints."""
+    machine: Machine = field(default_factory=Machine)
+    """Where this process runs."""
 
 
 def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
@@ -138,10 +141,17 @@ def fetched(
     refuse_other_run(asked, head.state, head.where)
     mebibytes = sum(entry.bytes for entry in head.files.values()) / 2**20
     say(f"fetching {head.where} ({mebibytes:,.1f} MiB)")
-    found = load_checkpoint(remote.fetch(head, asked.output))
-    if asked.mirror is not None and remote.url == asked.mirror.url:
-        remote.fetch_logs(asked.output)
-    return found
+    return load_checkpoint(remote.fetch(head, asked.output, along_with(remote, step, asked, say)))
+
+
+def along_with(
+    remote: RemoteCheckpoints, step: int, asked: Asked, say: Callable[..., None]
+) -> Callable[[], None]:
+    """What fetches the logs that belong to a checkpoint of the run's own mirror."""
+    if asked.mirror is None or remote.url != asked.mirror.url:
+        return lambda: None
+    warn = partial(say, style="yellow")
+    return partial(remote.fetch_beside, step, asked.output, asked.machine, warn)
 
 
 def is_restart() -> bool:
@@ -282,13 +292,22 @@ def write_settings(output: Path, config: TrainConfig) -> None:
 
 
 def trim_logs(output: Path, step: int, rank: int, world: int) -> None:
-    """Drop bad samples that this process met after ``step`` steps.
+    """Drop what an earlier part of the run has logged after ``step`` steps, on this process.
 
-    The first process drops those of ranks that are no more, too.
+    The first process does so in the logs of the run and of ranks that are no more, too. From here
+    on logs grow only, which their copies in a mirror count on.
     """
-    for log in output.glob("quarantine-*.jsonl"):
-        if rank_of(log) == rank or (rank == 0 and rank_of(log) >= world):
-            trim_log(log, step - 1)  # its steps count from 0
+    if rank == 0:
+        trim_log(output / LOG_NAME, step)
+
+    def mine(name: str) -> list[Path]:
+        logs = logs_of(output, name)
+        return [p for p in logs if rank_of(p) == rank or (rank == 0 and rank_of(p) >= world)]
+
+    for log in mine("quarantine"):
+        trim_log(log, step - 1)  # its steps count from 0
+    for log in [*mine("samples"), *mine("skipped")]:
+        cut(log, step)
 
 
 def write_plain(path: Path, content: dict[str, Any]) -> None:

@@ -83,8 +83,6 @@ class RunReport:
         self._bar = self._steps.add_task("step", total=total_steps, completed=first_step)
         is_live = console.is_terminal and run is not None
         self._live = Live(console=console, refresh_per_second=2) if is_live else None
-        if run is not None:
-            trim_log(run / LOG_NAME, first_step)
 
     def __enter__(self) -> Self:
         if self._live is not None:

@@ -16,10 +16,11 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from eval.log_copies import LogCopies, Machine
 from eval.mirror import Mirror, copy_checkpoint
 from eval.remote_checkpoints import RemoteCheckpoints, sha256_of
 from eval.run_config import TrainConfig
-from eval.run_folder import Asked, find_start, source_of, trim_logs, write_settings
+from eval.run_folder import Asked, along_with, find_start, source_of, trim_logs, write_settings
 from model.checkpoint import (
     MANIFEST_NAME,
     Checkpoint,
@@ -33,6 +34,8 @@ from pipeline.remote_folder import RemoteError
 from pipeline.writable_folder import AT_START, WritableFolder
 
 T = TypeVar("T")
+# How a line is printed: nothing in it means anything to the console.
+AS_IT_IS: Any = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 
 
 def open_run(
@@ -49,22 +52,22 @@ def open_run(
     Raises:
         InputError, CheckpointError, OSError: if the folder, checkpoint or mirror cannot be used.
     """
-    say = partial(console.print, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    say = partial(console.print, **AS_IT_IS)
     mirror = RemoteCheckpoints(config.mirror) if config.mirror else None
-    asked = Asked(config, output, manifest_sha256, mirror)
+    asked = Asked(config, output, manifest_sha256, mirror, this_machine())
     is_first, is_first_here = accelerator.is_main_process, accelerator.is_local_main_process
     together = partial(all_or_none, accelerator.device)
 
     def find() -> Checkpoint | None:
         found = find_start(asked, say)
-        if found is not None and has_other_machines():
+        if found is not None and asked.machine.others():
             share(found.folder, asked, partial(say, style="yellow"))
         return found
 
     found = together(find if is_first else None)
     start = from_first(describe(found, output), accelerator.device)
     if start:
-        here = partial(start_here, asked, json.loads(start))
+        here = partial(start_here, asked, json.loads(start), say)
         found = together(here if is_first_here and not is_first else None) or found
         found = together(here if not is_first_here else None) or found
 
@@ -78,39 +81,23 @@ def open_run(
     return found
 
 
-def mirror_of(
-    config: TrainConfig, found: Checkpoint | None, accelerator: Accelerator, console: Console
-) -> Mirror | None:
-    """What copies the run's checkpoints, on the first process; it begins with the one found."""
-    if not config.mirror or not accelerator.is_main_process:
+def mirror_of(config: TrainConfig, found: Checkpoint | None, console: Console) -> Mirror | None:
+    """What copies the run's checkpoints and logs; it begins with the checkpoint found.
+
+    One process of each machine has it, and the first one's copies checkpoints.
+    """
+    machine = this_machine()
+    if not config.mirror or config.output is None or rank() != machine.first:
         return None
     mirror = Mirror(
         config.mirror,
         keep=config.keep,
-        failed=partial(say_not_copied, console),
-        awaited=partial(say_awaited, console, config.mirror),
+        logs=LogCopies(config.output, machine),
+        say=partial(Console().print if rank() else console.print, **AS_IT_IS),
     )
-    if found is not None and found.folder.parent == config.output:
+    if found is not None and found.folder.parent == config.output and rank() == 0:
         mirror.take(found.folder)
     return mirror
-
-
-def say_awaited(console: Console, url: str, folders: frozenset[Path]) -> None:
-    """Tell what a run that is at its end still does."""
-    names = ", ".join(sorted(folder.name for folder in folders))
-    console.print(f"copying {names} to {url} ...", soft_wrap=True, markup=False, emoji=False)
-
-
-def say_not_copied(console: Console, folder: Path, reason: str) -> None:
-    """Tell of a checkpoint that could not be copied; the run goes on."""
-    console.print(
-        f"{folder} could not be copied to the mirror ({reason}); it stands here, the run goes on "
-        "and copies the next one",
-        soft_wrap=True,
-        style="yellow",
-        markup=False,
-        emoji=False,
-    )
 
 
 def refuse_uncopied(config: TrainConfig, uncopied: Path | None) -> None:
@@ -151,9 +138,10 @@ def all_or_none(device: torch.device, work: Callable[[], T] | None) -> T | None:
     return result
 
 
-def has_other_machines() -> bool:
-    """Whether processes of this run are on other machines."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size()) < world_size()
+def this_machine() -> Machine:
+    """Which processes of this run are here; each machine has as many."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    return Machine(rank() // here * here, here, world_size())
 
 
 def share(folder: Path, asked: Asked, warn: Callable[[str], None]) -> None:
@@ -163,7 +151,8 @@ def share(folder: Path, asked: Asked, warn: Callable[[str], None]) -> None:
     """
     if asked.mirror is not None and folder.parent == asked.output:
         try:
-            copy_checkpoint(folder, WritableFolder(asked.mirror.url, AT_START))
+            logs = LogCopies(asked.output, asked.machine, patience_s=0)  # they wait for this
+            copy_checkpoint(folder, WritableFolder(asked.mirror.url, AT_START), logs)
         except RemoteError as error:
             warn(f"{folder} is not in {asked.mirror.url} for machines without it ({error})")
 
@@ -184,7 +173,7 @@ def digest_of(folder: Path) -> str:
     return sha256_of((folder / MANIFEST_NAME).read_bytes())
 
 
-def start_here(asked: Asked, start: dict[str, Any]) -> Checkpoint:
+def start_here(asked: Asked, start: dict[str, Any], say: Callable[..., None]) -> Checkpoint:
     """The checkpoint that the first process found, from this one's folder or a store.
 
     Raises:
@@ -206,7 +195,8 @@ def start_here(asked: Asked, start: dict[str, Any]) -> Checkpoint:
         head = remote.head(step)
         if sha256_of(head.manifest) != start["manifest"]:
             raise DataError(f"{head.where} is not the checkpoint that process 0 goes on from")
-        return load_checkpoint(remote.fetch(head, asked.output))
+        along = along_with(remote, step, asked, say)
+        return load_checkpoint(remote.fetch(head, asked.output, along))
     except (CheckpointError, InputError) as error:
         own = DataError(str(error))
         own.exit_code = getattr(error, "exit_code", own.exit_code)

@@ -1,8 +1,8 @@
 """Which samples a run has trained on (``--log-samples``), and those of steps left out.
 
 One JSON line per step, one file per process. A log survives a kill at any moment, because a resume
-cuts it to the step that it resumes from. What was trained on follows from seed and step; the log is
-how to check that it does.
+cuts it to the step that it resumes from (``eval/run_folder.py``). What was trained on follows from
+seed and step; the log is how to check that it does.
 """
 
 import json
@@ -21,17 +21,12 @@ class StepLog:
         run: folder of the run.
         name: what is logged.
         rank: of this process.
-        world: number of processes. The first one cuts the logs of ranks that are no more.
-        first_step: steps done before; what was logged after them is dropped.
     """
 
-    def __init__(self, run: Path, name: str, rank: int, world: int, first_step: int) -> None:
+    def __init__(self, run: Path, name: str, rank: int) -> None:
         self.folder = run
         self._path = run / f"{name}-{rank}.jsonl"
         self._file: TextIO | None = None
-        for path in logs_of(run, name) if rank == 0 else [self._path]:
-            if path == self._path or rank_of(path) >= world:
-                cut(path, first_step)
 
     def __enter__(self) -> Self:
         return self

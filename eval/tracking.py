@@ -9,6 +9,7 @@ lies in the run's folder and not in the checkpoint, which is older than what was
 import importlib
 import importlib.util
 import json
+import re
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -208,6 +209,18 @@ def read_state(path: Path) -> dict[str, Any]:
     """The run's identity, and the last step that each name was given with."""
     state: dict[str, Any] = json.loads(path.read_text())
     return state
+
+
+def is_state(content: bytes) -> bool:
+    """Whether that is what ``write_state`` writes."""
+    try:
+        state = json.loads(content)
+        steps = state["steps"].values()
+        return re.fullmatch("[0-9a-f]{8}", state["id"]) is not None and all(
+            isinstance(step, int) for step in steps
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
-from model.checkpoint import save_checkpoint
+from model.checkpoint import folder_name, save_checkpoint
 from model.run_state import RunState, Snapshot
 
 
@@ -34,13 +35,16 @@ class Copies(Protocol):
 class Saver:
     """Writes the checkpoints of a run; every rank has one, the first rank's writes.
 
+    A context, at whose end also a run that an error ends has its last checkpoint copied.
+
     Args:
         state: what is saved.
         run: folder of the run.
         keep: checkpoints that stay.
         minutes: time between two saves after which ``is_wanted`` says so; 0 for never.
         failed: told of a save that could not be written, and why; called from the thread.
-        copies: takes each checkpoint elsewhere, once it stands.
+        copies: takes each checkpoint elsewhere, once it stands; on another rank than the first it
+            is told of each, whose folder is not there.
     """
 
     def __init__(
@@ -62,6 +66,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._join()
+            if self._copies:
+                self._copies.finish()
 
     def is_wanted(self) -> bool:
         """Whether this rank's clock asks for a save; ranks have to agree on one."""
@@ -85,6 +103,8 @@ class Saver:
             self._error = None
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
             self._thread.start()
+        elif self._copies:
+            self._copies.take(self._run / folder_name(step))
 
     @property
     def uncopied(self) -> Path | None:

@@ -51,15 +51,15 @@ class WritableFolder(RemoteFolder):
         """
         self._insist(name, lambda: obstore.put(self._upload_store, name, content))
 
-    def write_checked(self, name: str, path: Path, sha256: str) -> None:
+    def write_checked(self, name: str, content: Path | bytes, sha256: str) -> None:
         """Likewise, and read it back.
 
         Raises:
             RemoteError: if it cannot be written, or what is there then has another SHA-256.
         """
-        size = path.stat().st_size
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         for _ in range(3):
-            self.write(name, path)
+            self.write(name, content)
             if self.file(name)[1] == size and self._sha256(name, size) == sha256:
                 return
         raise RemoteError(f"{self.url}/{name}: what was written reads back with another sha256")

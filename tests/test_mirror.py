@@ -3,11 +3,13 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 import torch
 
 from eval import mirror
+from eval.log_copies import LogCopies, Machine
 from eval.mirror import Mirror
 from eval.remote_checkpoints import RemoteCheckpoints
 from model.checkpoint import CheckpointError, folder_name, load_checkpoint, save_checkpoint
@@ -32,18 +34,29 @@ def saved(run, step, size=2000):
     return folder
 
 
+def mirror_for(run, said, keep=3, policy=QUICK):
+    """A mirror of the run in this folder; what it says goes into ``said``."""
+    logs = LogCopies(run, Machine())
+
+    def say(line, **_):
+        said.append(line)
+
+    return Mirror(URL, keep=keep, logs=logs, say=say, policy=policy)
+
+
 @pytest.fixture
 def copying():
-    """``copying(*folders)`` copies these, one after the other; gives what failed."""
+    """``copying(*folders)`` copies these, one after the other; gives what went wrong."""
 
     def copy(*folders, keep=3, policy=QUICK):
         said = []
-        copies = Mirror(URL, keep=keep, policy=policy, failed=lambda *what: said.append(what))
         for folder in folders:
+            copies = mirror_for(folder.parent, said, keep, policy)
             copies.take(folder)
             copies.finish()
-        assert copies.uncopied == (said[-1][0] if said else None)
-        return said
+        wrong = [line for line in said if "could not be copied" in line]
+        assert copies.uncopied == (folders[-1] if wrong else None)
+        return wrong
 
     return copy
 
@@ -66,13 +79,16 @@ def same_files(folder, other):
 @pytest.mark.usefixtures("bucket")
 def test_a_copy_comes_back_as_it_was_with_the_log(tmp_path, copying, monkeypatch):
     monkeypatch.setattr("pipeline.writable_folder.PART_BYTES", 700)  # more parts than at once
-    folder = saved(tmp_path / "run", 7)
+    folder, trackers = saved(tmp_path / "run", 7), '{"id": "0123abcd", "steps": {"loss": 7}}'
+    (tmp_path / "run/trackers.json").write_text(trackers)
     assert copying(folder) == []
     assert fetched(7, tmp_path / "new").step == 7
     assert same_files(folder, tmp_path / "new" / folder.name)
-    RemoteCheckpoints(URL, QUICK).fetch_logs(tmp_path / "new")
+    remote = RemoteCheckpoints(URL, QUICK)
+    remote.fetch_beside(7, tmp_path / "new", Machine(), pytest.fail)
     assert same_files(tmp_path / "run" / folder.name, tmp_path / "new" / folder.name)
     assert (tmp_path / "new/run.jsonl").read_text() == (tmp_path / "run/run.jsonl").read_text()
+    assert (tmp_path / "new/trackers.json").read_text() == trackers
 
 
 def test_the_manifest_goes_last_and_without_it_nothing_is_there(
@@ -113,7 +129,7 @@ def test_a_file_that_reads_back_otherwise_is_written_again(store_proxy, tmp_path
     assert copying(folder) == []
     fetched(3, tmp_path / "new")
     store_proxy.write_fault = lambda _, path: ("flip",) if "queue" in path else None
-    [(_, reason)] = copying(saved(tmp_path / "run", 4))
+    [reason] = copying(saved(tmp_path / "run", 4))
     assert "reads back with another sha256" in reason
     assert steps_there() == [3]
 
@@ -121,8 +137,8 @@ def test_a_file_that_reads_back_otherwise_is_written_again(store_proxy, tmp_path
 def test_a_store_that_is_down_is_told_and_the_next_checkpoint_tried(store_proxy, tmp_path, copying):
     first, second = (saved(tmp_path, step) for step in (1, 2))
     store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
-    [(folder, reason)] = copying(first)
-    assert folder == first and "503" in reason and "tried 4 times" in reason
+    [line] = copying(first)
+    assert line.startswith(f"{first} could not") and "503" in line and "tried 4 times" in line
     store_proxy.write_fault = store_proxy.fault = lambda *_: None
     assert copying(second) == []
     assert steps_there() == [2]
@@ -136,7 +152,7 @@ def test_as_many_copies_stay_as_checkpoints_and_none_of_what_a_kill_left(bucket,
         copying(saved(tmp_path, step), keep=2)
     assert steps_there() == [4, 5]
     left = {name.split("/")[2] for name in bucket.names()}
-    assert left == {"step-000000004", "step-000000005", "step-000000009", "notes", "run.jsonl"}
+    assert left == {"step-000000004", "step-000000005", "step-000000009", "notes", "logs"}
 
 
 @pytest.mark.usefixtures("bucket")
@@ -166,19 +182,20 @@ class OneTensor:
 def test_the_loop_does_not_wait_for_copies_and_what_is_copied_stays(tmp_path, monkeypatch):
     go, copy, begun = threading.Event(), mirror.copy_checkpoint, []
 
-    def held(folder, remote):
+    def held(folder, remote, logs):
         begun.append(folder.name)
         assert go.wait(60)
-        copy(folder, remote)
+        copy(folder, remote, logs)
 
     monkeypatch.setattr(mirror, "copy_checkpoint", held)
-    awaited = []
+    said = []
 
-    def let_go(folders):
-        awaited.extend(sorted(folder.name for folder in folders))
+    def let_go(line):
+        said.append(line)
         go.set()
 
-    copies = Mirror(URL, keep=2, policy=QUICK, failed=pytest.fail, awaited=let_go)
+    logs = LogCopies(tmp_path, Machine())
+    copies = Mirror(URL, keep=2, logs=logs, say=let_go, policy=QUICK)
     saver = Saver(OneTensor(), tmp_path, keep=2, minutes=0, failed=pytest.fail, copies=copies)
     for step in range(1, 6):
         saver.save(step, {})
@@ -186,9 +203,72 @@ def test_the_loop_does_not_wait_for_copies_and_what_is_copied_stays(tmp_path, mo
     here = sorted(path.name for path in tmp_path.iterdir())
     assert here == [folder_name(step) for step in (1, 4, 5)]  # the first is in hand
     saver.finish()
-    assert awaited == [folder_name(1), folder_name(5)]
+    assert said == [f"copying {folder_name(1)}, {folder_name(5)} to {URL} ..."]
     assert begun == [folder_name(1), folder_name(5)]  # those between were overtaken
     assert steps_there() == [1, 5] and saver.uncopied is None
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_checkpoint_is_tried_again_until_the_store_is_back(store_proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "LOOK_S", 0.01)
+    monkeypatch.setattr(mirror, "AGAIN_S", 0.02)
+    store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
+    said, folder = [], saved(tmp_path, 1)
+    copies = mirror_for(tmp_path, said)
+    copies.take(folder)
+    deadline = time.monotonic() + 60
+    while len(store_proxy.requests) < 3 * QUICK.attempts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert copies.in_hand() == {folder} and len(said) == 1  # told once, however often it is tried
+    store_proxy.write_fault = store_proxy.fault = lambda *_: None
+    while copies.in_hand() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert steps_there() == [1] and copies.uncopied is None
+    assert said[1:] == [f"{folder.name} is copied: {URL} serves again"]
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_is_tried_again(store_proxy, tmp_path):
+    store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
+    said, folders = [], [saved(tmp_path, step) for step in (1, 2)]
+    copies = mirror_for(tmp_path, said)
+    copies.take(folders[0])
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.01)
+    store_proxy.write_fault = store_proxy.fault = lambda *_: None
+    copies.take(folders[1])  # at once, without the minute that a try again waits for
+    copies.finish()
+    assert steps_there() == [2] and copies.uncopied is None
+
+
+def test_a_run_that_an_error_ends_copies_what_it_has_saved(bucket, tmp_path):
+    said = []
+    saver = Saver(
+        OneTensor(),
+        tmp_path,
+        keep=2,
+        minutes=0,
+        failed=pytest.fail,
+        copies=mirror_for(tmp_path, said),
+    )
+    with pytest.raises(KeyError), saver:
+        saver.save(1, {})
+        raise KeyError
+    assert bucket.read(f"runs/one/{folder_name(1)}/manifest.json")
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_later_copy_of_another_machine_is_told_and_stays(tmp_path, copying):
+    later = saved(tmp_path / "there", 9)
+    copying(later)
+    said = []
+    copies = mirror_for(tmp_path / "here", said, keep=2)
+    for step in (1, 2, 3):
+        copies.take(saved(tmp_path / "here", step))
+        copies.finish()
+    [line] = [line for line in said if "later step" in line]
+    assert line.startswith(f"{URL}/{later.name} is of a later step than step-000000001")
+    assert steps_there() == [2, 3, 9]
 
 
 # What is fetched is checked ----------------------------------------------------------------------

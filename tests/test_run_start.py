@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval.step_log import global_batches
 from model.checkpoint import file_sha256, load_checkpoint, write_json
 from model.stopping import RESTART_CODE
 from pipeline.remote_folder import RetryPolicy
@@ -54,18 +56,21 @@ def lose_newest(bucket):
 
 
 def test_a_machine_without_the_folder_goes_on_bit_by_bit_from_the_mirror(bucket, run_it):
-    whole = run_it("whole", *SIX)
+    whole = run_it("whole", *SIX, "--log-samples")
     assert (whole.code, whole.err) == (0, "")
-    assert {"run/config.json", "run/environment.json", "run/run.jsonl"} <= set(bucket.names())
+    assert {"run/config.json", "run/environment.json"} <= set(bucket.names())
     lose_newest(bucket)
     for name, resume in (
         ("newest", ()),
         ("url", (f"{MIRROR}/step-000000003",)),
     ):
-        done = run_it(name, *SIX, "--resume", *resume)
+        done = run_it(name, *SIX, "--log-samples", "--resume", *resume)
         assert (done.code, done.err) == (0, ""), name
         assert f"fetching {MIRROR}/step-000000003" in done.out
         assert_same(done.folder, whole.folder, 6)
+        assert global_batches(done.folder) == global_batches(whole.folder)
+        events = EventAccumulator(str(done.folder / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
         assert bucket.read("run/step-000000006/manifest.json")
         lose_newest(bucket)
 

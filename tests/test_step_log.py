@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from eval.run_folder import trim_logs
 from eval.step_log import StepLog, cut, global_batches
 from pipeline.order import Order
 
@@ -10,7 +11,8 @@ from pipeline.order import Order
 def write(run, rank, world, first_step, steps):
     """Steps ``first_step + 1`` to ``steps`` of one rank, as a run has them."""
     order = Order(np.array([9, 20, 11]), 8, 0, 4, 16)
-    with StepLog(run, "samples", rank, world, first_step) as log:
+    trim_logs(run, first_step, rank, world)
+    with StepLog(run, "samples", rank) as log:
         for step in range(first_step, steps):
             log.write(step + 1, order.batch(step, rank, world).sample)
 
