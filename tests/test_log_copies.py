@@ -66,15 +66,20 @@ def test_each_checkpoint_has_its_logs_as_they_were(run, remote, tmp_path):
         assert fetched(remote, step, tmp_path / str(step)) == (logs, [])
 
 
-def test_a_checkpoint_costs_what_is_new_and_at_most_one_part(run, store_proxy, tmp_path):
-    remote = WritableFolder(URL, QUICK)
+def test_a_checkpoint_costs_what_is_new_and_at_most_one_part(
+    run, store_proxy, tmp_path, monkeypatch
+):
+    remote, bring, brought = WritableFolder(URL, QUICK), log_copies.bring_part, []
+    monkeypatch.setattr(log_copies, "bring_part", lambda *a: brought.append(a[2]) or bring(*a))
     copies = LogCopies(run, Machine())
     grow(run, "run.jsonl", size=30)
     for step in range(1, 40):
         with (run / "samples-0.jsonl").open("ab") as file:
             file.write(bytes([step]) * 70)
         store_proxy.writes.clear()
+        brought.clear()
         copies.copy(step, remote, remote.tree())
+        assert brought.count("samples-0.jsonl") <= 2
         parts = [path for path, _ in store_proxy.writes if "samples" in path]
         assert len(parts) <= 2
         assert step == 1 or not [path for path, _ in store_proxy.writes if "run.jsonl" in path]
@@ -98,10 +103,11 @@ def test_parts_go_when_no_checkpoint_has_them_and_not_while_a_list_is_made(run, 
         grow(run, "run.jsonl")
         copies.copy(step, remote, remote.tree())
         if step == 5:
-            remote.write("logs/run.jsonl/000000-" + "0" * 64, b"of a list to come")
+            remote.write("logs/run.jsonl/000000-" + "0" * 64, b"of no list")
+            remote.write(list_name(8, 2), b'{"version": 1, "logs": {}}')
         unlisted = remove_old_logs(remote, step, [step - 1, step, 9], unlisted)
     lists = [name for name in remote.tree() if name.endswith(".json")]
-    assert lists == [list_name(6, 0), list_name(7, 0)]
+    assert lists == [list_name(6, 0), list_name(7, 0), list_name(8, 2)]
     assert "logs/run.jsonl/000000-" + "0" * 64 not in remote.tree()
     parts = [name for name in remote.tree() if "-" in name and "run.jsonl" in name]
     assert len(parts) <= 4 + 2 + 1  # full ones, two last ones, one that no list names any more

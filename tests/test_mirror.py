@@ -236,8 +236,10 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_tried_again(store_pro
     while not said and time.monotonic() < deadline:
         time.sleep(0.01)
     store_proxy.write_fault = store_proxy.fault = lambda *_: None
-    copies.take(folders[1])  # at once, without the minute that a try again waits for
-    copies.finish()
+    copies.take(folders[1])
+    deadline = time.monotonic() + mirror.AGAIN_S / 3  # long before the first would be tried again
+    while copies.in_hand() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert steps_there() == [2] and copies.uncopied is None
 
 
