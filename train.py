@@ -171,8 +171,7 @@ def train(
         config.batch, run.loader.figures, run.before, watch_hardware(config, run.accelerator).values
     )
     report = open_report(run, tracking, first_step, total_steps, console)
-    step, stopped_by = first_step, 0
-    rank = run.accelerator.process_index
+    step, stopped_by, rank = first_step, 0, run.accelerator.process_index
     samples, skipped = (StepLog(run.output, name, rank) for name in ("samples", "skipped"))
     watchdog = Watchdog(run.output / f"hang-{rank}.txt", config.hang_seconds)
     judge = open_judge(run, report)
