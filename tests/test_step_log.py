@@ -45,7 +45,7 @@ def test_one_then_four_then_two_processes_log_the_batches_of_one(tmp_path):
 
 
 def test_a_line_is_with_the_system_once_its_step_is_over(tmp_path):
-    with StepLog(tmp_path, "samples", 0, 1, 0) as log:
+    with StepLog(tmp_path, "samples", 0) as log:
         log.write(1, np.array([5, 3]))
         assert global_batches(tmp_path) == {1: [5, 3]}  # as after a kill at this moment
 
