@@ -25,6 +25,7 @@ from torch import Tensor
 from eval.alarms import Alarms, settled_step
 from eval.hardware_watch import watch_hardware
 from eval.health_watch import HealthWatch
+from eval.lasting_output import lasting
 from eval.meter import Meter, Totals
 from eval.online_knn import OnlineKnn
 from eval.plan_report import settings_or_plan
@@ -32,7 +33,7 @@ from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
 from eval.run_end import finish_together
 from eval.run_report import RunReport
-from eval.run_start import mirror_of, open_run, refuse_uncopied
+from eval.run_start import mirror_of, open_run, refuse_uncopied, say_not_saved
 from eval.skipped_steps import report_skipped
 from eval.step_log import StepLog
 from eval.tracking import Tracking, start_trackers
@@ -56,7 +57,7 @@ from model.stopping import Agreement, StopRequest, exit_code, may_be_started_aga
 from model.watchdog import Watchdog
 from pipeline.data_config import cpu_threads
 from pipeline.loader import PairBatch, PairLoader
-from pipeline.program import explain, run_program
+from pipeline.program import run_program
 from pipeline.settings import to_plain
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     )
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each process
         torch.set_num_threads(cpu_threads(config.data))
-    console = Console() if accelerator.is_main_process else Console(quiet=True)
+    console = Console(file=lasting(sys.stdout), quiet=not accelerator.is_main_process)
     found = open_run(config, output, manifest_sha256, accelerator, console)
     first_step, is_main = found.step if found else 0, accelerator.is_main_process
 
@@ -288,18 +289,6 @@ def say_bad_samples(run: Run, console: Console) -> None:
 def quarantine_log(output: Path, rank: int) -> Path:
     """Where a process writes which samples it could not use, and why."""
     return output / f"quarantine-{rank}.jsonl"
-
-
-def say_not_saved(console: Console, step: int, error: OSError) -> None:
-    """Tell of a checkpoint that could not be written; the run goes on."""
-    console.print(
-        f"the checkpoint of step {step} could not be written ({explain(error) or error}); the "
-        "older ones stand, the run goes on and saves again when the next one is due",
-        soft_wrap=True,
-        style="yellow",
-        markup=False,
-        emoji=False,
-    )
 
 
 def reduced(accelerator: Accelerator, **values: Tensor) -> dict[str, float]:

@@ -224,12 +224,25 @@ def add_settings(page: Page, config: dict[str, Any]) -> None:
     page.table(("setting", "value", "recipe's"), rows, marked)
 
 
+def add_environment(page: Page, path: Path) -> None:
+    """Versions, commit, hardware; what of it cannot be read is no reason for no page."""
+    if not path.exists():
+        return
+    page.heading("Environment")
+    try:
+        plain = flat(json.loads(path.read_text(errors="replace")))
+    except (json.JSONDecodeError, AttributeError):
+        page.note(f"{path.name} is damaged")
+        return
+    page.table(("what", "value"), [(name, shown(value)) for name, value in plain.items()])
+
+
 def add_left_out(page: Page, run: Path) -> None:
     """Bad samples by reason, and steps without a finite gradient."""
     bad = [line for path in logs_of(run, "quarantine") for line in logged(path)]
     skipped = {line["step"] for path in logs_of(run, "skipped") for line in logged(path)}
     page.heading("Left out", f"{len(bad):,} bad samples, {len(skipped):,} steps")
-    reasons = Counter(str(line["reason"]) for line in bad)
+    reasons = Counter(shown(line.get("reason")) for line in bad)
     if reasons:
         page.table(("reason", "samples"), [(r, f"{n:,}") for r, n in reasons.most_common()])
         rows = [
@@ -256,6 +269,12 @@ def write_report(config: ReportConfig) -> Path:
     data = from_plain(DataConfig, settings["data"], f"{found.folder}:data")
     data = DataConfig(**{**vars(data), "shards": config.shards or data.shards})
     store = ShardStore(str(data.shards), cache_of(data))
+    was, now = found.state["data"]["manifest_sha256"], store.manifest.sha256
+    if was != now:
+        raise InputError(
+            f"{config.run} was trained on data set {was[:12]}, {data.shards} is {now[:12]}: give "
+            "the run's own with --shards"
+        )
     page = Page(f"{settings['recipe']}: {config.run.resolve().name}")
     facts = {
         "network": settings["encoder"]["backbone"],
@@ -269,11 +288,7 @@ def write_report(config: ReportConfig) -> Path:
     add_views(page, data, settings, config.pictures)
     add_neighbours(page, found, store, config)
     add_settings(page, settings)
-    environment = config.run / ENVIRONMENT_NAME
-    if environment.exists():
-        page.heading("Environment")
-        plain = flat(json.loads(environment.read_text()))
-        page.table(("what", "value"), [(name, shown(value)) for name, value in plain.items()])
+    add_environment(page, config.run / ENVIRONMENT_NAME)
     add_left_out(page, config.run)
     output = config.output or config.run / "report.html"
     with atomic_file(output) as file:

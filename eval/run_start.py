@@ -20,7 +20,16 @@ from eval.log_copies import LogCopies, Machine
 from eval.mirror import Mirror, copy_checkpoint
 from eval.remote_checkpoints import RemoteCheckpoints, sha256_of
 from eval.run_config import TrainConfig
-from eval.run_folder import Asked, along_with, find_start, source_of, trim_logs, write_settings
+from eval.run_folder import (
+    Asked,
+    along_with,
+    find_start,
+    is_restart,
+    source_of,
+    trim_logs,
+    write_settings,
+)
+from eval.run_lock import hold
 from model.checkpoint import (
     MANIFEST_NAME,
     Checkpoint,
@@ -29,7 +38,7 @@ from model.checkpoint import (
     load_checkpoint,
 )
 from model.collectives import from_first, gather, rank, world_size
-from pipeline.program import DataError, InputError
+from pipeline.program import DataError, InputError, explain
 from pipeline.remote_folder import RemoteError
 from pipeline.writable_folder import AT_START, WritableFolder
 
@@ -71,6 +80,12 @@ def open_run(
         found = together(here if is_first_here and not is_first else None) or found
         found = together(here if not is_first_here else None) or found
 
+    def claim() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        hold(output, is_restart=is_restart())
+
+    together(claim if is_first else None)
+
     def prepare() -> None:
         output.mkdir(parents=True, exist_ok=True)
         trim_logs(output, found.step if found else 0, rank(), accelerator.num_processes)
@@ -98,6 +113,18 @@ def mirror_of(config: TrainConfig, found: Checkpoint | None, console: Console) -
     if found is not None and found.folder.parent == config.output and rank() == 0:
         mirror.take(found.folder)
     return mirror
+
+
+def say_not_saved(console: Console, step: int, error: OSError) -> None:
+    """Tell of a checkpoint that could not be written; the run goes on."""
+    console.print(
+        f"the checkpoint of step {step} could not be written ({explain(error) or error}); the "
+        "older ones stand, the run goes on and saves again when the next one is due",
+        soft_wrap=True,
+        style="yellow",
+        markup=False,
+        emoji=False,
+    )
 
 
 def refuse_uncopied(config: TrainConfig, uncopied: Path | None) -> None:

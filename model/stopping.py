@@ -18,7 +18,7 @@ from model.meeting import MissingRankError
 # Ctrl-C reaches a process from the terminal and again from its launcher; a person who presses it
 # once more than that wants out at once. Schedulers repeat their signals, and mean one save.
 PATIENCE = 3
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: stopped and saved, nothing is wrong, start me again.
 RESTART_CODE = 75
 # EX_PROTOCOL: hung, or another process is gone. Start me again, but not for ever: it may come back.
@@ -26,13 +26,18 @@ LOST_CODE = 76
 
 
 class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGUSR1, the signals after which a run saves and leaves."""
+    """Notes the signals after which a run saves and leaves.
+
+    They are SIGINT, SIGTERM, SIGUSR1, and SIGHUP, which says that the terminal was closed; not
+    where that is ignored, as by nohup.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
         self._count = 0
         for number in STOPPING:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number

@@ -75,7 +75,8 @@ def one_line(box: str) -> str:
         del parts[0]
     said = " ".join(parts[0])
     # "Error parsing moco: --moco.queue 0: give ..." names the flag twice.
-    said = re.sub(r"^Error parsing \S+: (?=--)", "", said)
+    # A class of ours that refuses its values is no word of the command line either.
+    said = re.sub(r"^Error parsing (\S+: (?=--)|[A-Z]\w+: )", "", said)
     near = [line for part in parts[1:] for line in part]
     if near and near[0].startswith("Perhaps you meant"):
         flags = [match[0] for line in near[1:] if (match := re.match(r"--[\w.-]+", line))]

@@ -118,8 +118,9 @@ def atomic_parts(*paths: Path) -> Iterator[tuple[Path, ...]]:
     except BaseException as error:
         for path in made:
             path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(paths[0])  # a failed write says what is wrong, but not where
+        # A failed write says what is wrong, but not where; nobody knows the other names.
+        if isinstance(error, OSError) and error.filename in (None, *map(str, parts)):
+            error.filename = str(paths[0])
         raise
     sync_folder(paths[0].parent)
 

@@ -19,6 +19,7 @@ from model.moco import MoCo, MoCoConfig
 from model.run_state import RunState
 from pipeline.program import InputError
 from pipeline.settings import to_plain
+from pipeline.shard_store import ShardStore
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -36,7 +37,8 @@ def run(tmp_path_factory, shard_set):
     )
     moco = MoCo(config.encoder, MoCoConfig(batch_norm_groups=4), global_batch=16, seed=0)
     state = RunState(moco, KeyQueue(20, 8, 0), torch.optim.SGD(moco.parameters(), lr=0.1), None)
-    taken = state.snapshot(6, {"config": to_plain(config), "data": {"manifest_sha256": "ab"}})
+    identity = ShardStore(shard_set).manifest.sha256
+    taken = state.snapshot(6, {"config": to_plain(config), "data": {"manifest_sha256": identity}})
     save_checkpoint(folder, taken.step, taken.tensors, taken.state)
     lines = [
         {"step": step, "loss": 3.0 - 0.1 * step, "pretext_accuracy": 0.1 * step, "key_norm": 1.0}
@@ -102,6 +104,25 @@ def test_a_picture_is_not_its_own_neighbour(page):
 def test_a_folder_without_a_run_is_a_wrong_input(tmp_path):
     with pytest.raises(InputError, match=r"no run\.jsonl"):
         write_report(ReportConfig(run=tmp_path))
+
+
+def test_pictures_of_another_set_are_no_page_of_this_run(run, tmp_path, pack_set, clean_pictures):
+    other = str(pack_set(tmp_path / "other", clean_pictures[::-1], (40,)))
+    output = tmp_path / "page.html"
+    with pytest.raises(InputError, match="was trained on data set"):
+        write_report(ReportConfig(run=run, shards=other, output=output))
+    assert not output.exists()
+
+
+def test_damaged_logs_and_an_environment_that_is_none_leave_the_rest_of_the_page(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    log = folder / "run.jsonl"
+    log.write_bytes(b'\xff\n[]\n{"loss": 1}\n' + log.read_bytes())
+    (folder / "environment.json").write_text("{")
+    (folder / "quarantine-0.jsonl").write_text('{"step": 2}\n')
+    page = write_report(ReportConfig(run=folder, pictures=1, neighbours=1)).read_text()
+    assert "environment.json is damaged" in page and "loss (nats): 2.4" in page
+    assert "1 bad samples" in page
 
 
 def test_a_curve_of_one_point_or_of_none_that_is_finite_is_drawn_or_left_out():

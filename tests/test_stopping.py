@@ -70,8 +70,24 @@ def test_each_wish_is_agreed_on_by_itself_one_step_later():
     assert run_in_processes(2, wishes, own) == [answers, answers]
 
 
+def test_a_closed_terminal_stops_a_run_unless_it_is_to_be_ignored():
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal == signal.SIGHUP
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_only_ctrl_c_asks_for_no_restart():
-    assert [exit_code(number) for number in STOPPING] == [130, 75, 75]
+    assert [exit_code(number) for number in STOPPING] == [130, 75, 75, 75]
 
 
 def test_a_scheduler_may_repeat_its_signals_while_the_run_saves():

@@ -538,9 +538,8 @@ def test_weights_that_do_not_fit_end_before_a_run_is_written(shard_set, tmp_path
 def test_a_run_leaves_its_settings_log_curve_and_checkpoints(six_steps):
     left = {path.name for path in six_steps.iterdir()}
     steps = {"step-000000003", "step-000000006"}
-    assert (
-        left == {"config.json", "environment.json", "run.jsonl", "curve.png", "tensorboard"} | steps
-    )
+    logs = {"config.json", "environment.json", "run.jsonl", "curve.png", "tensorboard", ".lock"}
+    assert left == logs | steps
     assert [step for step, _ in logged(six_steps, "loss")] == [1, 2, 3, 4, 5, 6]
     assert not list(six_steps.rglob("*.part"))
 
@@ -821,6 +820,22 @@ def test_a_resume_with_other_settings_is_refused(six_steps, shard_set, words, me
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert message in done.err
     assert snapshot(six_steps) == before
+
+
+def test_a_second_run_beside_one_that_goes_on_is_refused(six_steps, shard_set, tmp_path):
+    shutil.copytree(six_steps, tmp_path / "run")
+    code = "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+    code += "from eval.run_lock import hold; hold(Path(sys.argv[1]), is_restart=False)\n"
+    code += "print(flush=True); sys.stdin.read()"
+    words = [*warm_python(), "-c", code, str(tmp_path / "run"), str(ROOT)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        before = snapshot(tmp_path / "run")
+        given = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "8")
+        done = command(*TINY, *given, "--resume")
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
+        assert "another run is going on in" in done.err
+        assert snapshot(tmp_path / "run") == before
 
 
 def test_a_resume_on_another_data_set_is_refused(six_steps, tmp_path, pack_set, clean_pictures):
