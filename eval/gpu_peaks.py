@@ -2,6 +2,9 @@
 
 From the vendor's datasheets: dense (half of what "with sparsity" says), at the boost clock, matrix
 units with float32 sums. A form factor that a name does not tell is taken as SXM.
+Those of A40, L4, T4 and the NVL cards were compared in 2026-11 with tables that cite the datasheets
+(with sparsity 242 and 120 TFLOP/s for an L4, 1,671 and 835 for both NVL cards), not with these
+themselves; ``tests/test_gpu_peaks.py`` compares cards with units times clock.
 """
 
 from typing import NamedTuple

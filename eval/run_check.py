@@ -150,6 +150,27 @@ def about_queue(config: TrainConfig, pictures: int) -> Iterator[str]:
         )
 
 
+def about_leak(config: TrainConfig, groups: int) -> Iterator[str]:
+    """That a query and its key may share batch-norm statistics, where the settings let them.
+
+    Args:
+        config: of the run.
+        groups: of batch norm, all processes together.
+
+    Source: section 3.3 of https://arxiv.org/abs/1911.05722. Where all keys are of the step itself,
+    as in MoCo v3, they share the statistics and nothing tells them apart.
+    """
+    moco, encoder = config.moco, config.encoder
+    has_batch_norm = encoder.head == "v3" or not encoder.backbone.startswith("vit")
+    is_shared = moco.batch_norm in ("none", "sync") or groups == 1
+    if moco.mechanism == "queue" and has_batch_norm and is_shared:
+        yield (
+            "note: batch norm sees a query and its key among the same pictures, which can tell "
+            "which key is its own without looking at the picture; --moco.batch-norm shuffle with "
+            "several --moco.batch-norm-groups avoids that"
+        )
+
+
 def introduce(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -170,6 +191,7 @@ def introduce(
         f"{accelerator.device.type}, {groups} batch-norm groups of {config.batch // groups}"
     )
     yield from about_micro_batches(config, world)
+    yield from about_leak(config, groups)
     yield from about_lr(config)
     yield from about_fit(config, order.samples)
     if world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:

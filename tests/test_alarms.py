@@ -1,10 +1,13 @@
 """Alarms on made-up runs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from eval.alarms import PATIENCE, Alarms, settled_step
+from eval.recipes import RECIPES
+from eval.run_check import about_leak
 
 CHANCE = math.log(4097)
 HEALTHY = {"loss": 6.5, "effective_rank": 60.0, "highest_rank": 128, "negative_similarity": 0.1}
@@ -48,8 +51,11 @@ def test_an_alarm_is_said_again_after_its_cause_had_gone():
 
 
 def test_a_part_of_the_dimensions_collapses_too():
-    assert looks(alarms(), {**HEALTHY, "effective_rank": 12.7}) == ["collapse"]
-    assert looks(alarms(), {**HEALTHY, "effective_rank": 12.9}) == []
+    alike = {**HEALTHY, "negative_similarity": 0.73}
+    assert looks(alarms(), {**alike, "effective_rank": 12.7}) == ["collapse"]
+    assert looks(alarms(), {**alike, "effective_rank": 12.9}) == []
+    # As measured in runs whose kNN score rose.
+    assert looks(alarms(), {**HEALTHY, "effective_rank": 8.0, "negative_similarity": 0.16}) == []
     few = {**HEALTHY, "highest_rank": 8}
     assert looks(alarms(), {**few, "effective_rank": 1.4}) == ["collapse"]
     assert looks(alarms(), {**few, "effective_rank": 1.6}) == []
@@ -113,3 +119,20 @@ def test_a_run_is_judged_after_the_queue_was_filled_twice_and_an_epoch():
     assert settled_step(512, 64, 62) == 62
     assert settled_step(4096, 256, 20) == 32
     assert settled_step(65_536, 256, 5004) == 1000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "groups", "changes", "is_said"),
+    [
+        ("moco-v2", 8, {}, False),
+        ("moco-v2", 1, {}, True),
+        ("moco-v2", 8, {"batch_norm": "none"}, True),
+        ("moco-v2", 1, {"batch_norm": "sync"}, True),
+        ("moco-v3-100", 1, {}, False),  # all its keys are of the step itself
+        ("moco-v2", 1, {"mechanism": "end-to-end"}, False),
+    ],
+)
+def test_settings_that_let_batch_norm_tell_are_named(recipe, groups, changes, is_said):
+    config = RECIPES[recipe]
+    lines = list(about_leak(replace(config, moco=replace(config.moco, **changes)), groups))
+    assert [("which key is its own" in line) for line in lines] == [True] * is_said

@@ -32,3 +32,21 @@ def test_a_gpu_that_is_not_listed_has_no_peak(name):
 
 def test_every_name_in_the_table_finds_its_own_line():
     assert {name: peak_of(name, "fp16") for name in PEAKS} == {n: p.half for n, p in PEAKS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "operations", "single", "clock_hz"),
+    [
+        ("A100", 108, 2048, 1024, 1.41e9),
+        ("H100", 132, 4096, 2048, 1.83e9),
+        ("A40", 84, 1024, 512, 1.74e9),
+        ("L4", 58, 1024, 512, 2.04e9),
+        ("L40S", 142, 1024, 512, 2.52e9),
+        ("T4", 40, 1024, 128, 1.59e9),
+        ("V100", 80, 1024, 128, 1.53e9),
+    ],
+)
+def test_a_peak_is_units_times_operations_times_clock(name, units, operations, single, clock_hz):
+    peak = PEAKS[name]
+    assert peak.half == pytest.approx(units * operations * clock_hz, rel=0.015)
+    assert peak.single == pytest.approx(units * single * clock_hz, rel=0.015)

@@ -574,6 +574,7 @@ def test_a_queue_that_is_long_for_the_data_is_noted(shard_set, tmp_path):
     done = command(*TINY, *words)
     assert "the queue of 20 keys is longer than a quarter of the 40 pictures" in done.out
     assert "4 batch-norm groups of 2" in done.out
+    assert "which key is its own" not in done.out
 
 
 def test_a_run_that_diverges_ends_with_one_line(shard_set, tmp_path):
