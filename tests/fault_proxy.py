@@ -2,7 +2,8 @@
 
 ``proxy.fault`` is called with the number of the request and its path and returns None or one of:
 ``("status", 503)``, ``("cut", bytes)``, ``("slow", seconds)``, ``("etag", text)``, ``("drop",)``.
-``proxy.write_fault`` likewise for requests that change something, whose body ``("flip",)`` damages.
+``proxy.write_fault`` likewise for requests that change something, whose body ``("flip",)`` damages
+and ``("throttle", bytes_per_second)`` lets through slowly.
 """
 
 import http.client
@@ -69,6 +70,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         upstream = http.client.HTTPConnection(*self.server.target)
+        if fault[0] == "throttle":
+            time.sleep(len(sent) / fault[1])
         if fault[0] == "flip" and sent:
             sent = bytes([sent[0] ^ 1]) + sent[1:]
         upstream.request(method, self.path, body=sent or None, headers=dict(self.headers))

@@ -40,6 +40,7 @@ def test_with_four_processes_too_whose_gradients_may_be_added_up_in_many_orders(
 def test_two_machines_that_are_lost_twice_end_as_if_they_had_not_been():
     line = last_line("lost_machines.py", "--cycles", "2")
     assert (line["cycles"], line["equal"]) == (2, True)
+    assert (line["outage"], line["slow"]) == (1, 1)  # this seed's kinds of cycles
 
 
 @pytest.mark.slow
