@@ -59,6 +59,7 @@ class Mirror:
         self._keep = max(keep, 2)
         self._logs = logs
         self._is_first = logs.machine.first == 0
+        self._what = "copy" if self._is_first else "logs"
         self._say = say
         self._policy = policy or PATIENCE
         self._changed = threading.Condition()
@@ -97,7 +98,8 @@ class Mirror:
             thread = self._thread
         if thread is not None:
             names = ", ".join(sorted(folder.name for folder in self.in_hand()))
-            self._say(f"copying {names} to {self.url} ...")
+            if names and self._is_first:
+                self._say(f"copying {names} to {self.url} ...")
             thread.join()
         self._is_last = False
 
@@ -138,20 +140,23 @@ class Mirror:
             else:
                 self._logs.copy(step_in(folder.name) or 0, remote, remote.tree())
         except (RemoteError, OSError, CheckpointError) as error:
-            if self._failed != folder:
-                self._say(
-                    f"{folder} could not be copied to the mirror ({error}); it stands here, the "
-                    "run goes on and it or a newer one is tried again",
-                    style="yellow",
-                )
-            self._failed = folder
+            self._tell(folder, error)
             return isinstance(error, RemoteError)
         finally:
             remote.close()
         if self._failed is not None:
-            self._say(f"{folder.name} is copied: {self.url} serves again")
+            self._say(f"{self.url} serves again: it has the {self._what} of {folder.name}")
             self._failed = None
         return False
+
+    def _tell(self, folder: Path, error: Exception) -> None:
+        before, self._failed = self._failed, folder
+        if self._is_first and before != folder:
+            line = f"{folder} could not be copied to the mirror ({error}); it stands here, the run"
+            self._say(f"{line} goes on and it or a newer one is tried again", style="yellow")
+        if not self._is_first and before is None:
+            line = f"logs of this machine could not be copied to the mirror ({error}); the run goes"
+            self._say(f"{line} on and they are tried again", style="yellow")
 
     def _copy(self, folder: Path, remote: WritableFolder) -> None:
         step = step_in(folder.name) or 0

@@ -39,7 +39,7 @@ def copies_at_start(
 
     Raises:
         InputError: if there is no such bucket, or the store cannot be used and the run is new or
-            its folder has no checkpoint: the latter a ``StoreAwayError``.
+            its folder has no checkpoint: the latter a ``StoreAwayError`` if it does not answer.
     """
     refused = None
     try:
@@ -52,6 +52,8 @@ def copies_at_start(
         copies = Copies(away=StoreAwayError(f"{url} does not serve ({refused})"))
     else:
         copies = listed(url)
+        if copies.away and refused:  # it answers, and would say no again
+            copies = Copies(away=InputError(str(copies.away)))
     if copies.away and not (has_local and is_to_go_on):
         raise nothing_to_go_on_from(copies.away, output) if is_to_go_on else copies.away
     if refused is not None and not (has_local or copies.steps):
@@ -76,4 +78,4 @@ def listed(url: str) -> Copies:
 def nothing_to_go_on_from(away: InputError, output: Path) -> InputError:
     """The error for a store that is away while the folder has no intact checkpoint either."""
     problem = f"{away}; {output} has no intact checkpoint, and which the store has is not known"
-    return StoreAwayError(f"{problem}: start again when it serves, or leave out --mirror")
+    return type(away)(f"{problem}: start again when it serves, or leave out --mirror")

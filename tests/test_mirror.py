@@ -34,9 +34,9 @@ def saved(run, step, size=2000):
     return folder
 
 
-def mirror_for(run, said, keep=3, policy=QUICK):
+def mirror_for(run, said, keep=3, policy=QUICK, machine=Machine()):  # noqa: B008 (it is frozen)
     """A mirror of the run in this folder; what it says goes into ``said``."""
-    logs = LogCopies(run, Machine())
+    logs = LogCopies(run, machine)
 
     def say(line, **_):
         said.append(line)
@@ -224,7 +224,7 @@ def test_a_checkpoint_is_tried_again_until_the_store_is_back(store_proxy, tmp_pa
     while copies.in_hand() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert steps_there() == [1] and copies.uncopied is None
-    assert said[1:] == [f"{folder.name} is copied: {URL} serves again"]
+    assert said[1:] == [f"{URL} serves again: it has the copy of {folder.name}"]
 
 
 def test_a_newer_checkpoint_takes_the_place_of_one_that_is_tried_again(store_proxy, tmp_path):
@@ -241,6 +241,24 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_tried_again(store_pro
     while copies.in_hand() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert steps_there() == [2] and copies.uncopied is None
+
+
+def test_a_machine_without_checkpoints_brings_its_logs_and_says_once_that_it_cannot(
+    store_proxy, bucket, tmp_path
+):
+    (tmp_path / "samples-2.jsonl").write_text('{"step": 1}\n')
+    said = []
+    copies = mirror_for(tmp_path, said, machine=Machine(2, 2, 4))
+    store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
+    for step in (1, 2, 3):
+        if step == 3:
+            store_proxy.write_fault = store_proxy.fault = lambda *_: None
+        copies.take(tmp_path / folder_name(step))
+        copies.finish()
+    assert "logs of this machine could not" in said[0] and copies.uncopied is None
+    assert said[1:] == [f"{URL} serves again: it has the logs of {folder_name(3)}"]
+    names = [name.removeprefix("runs/one/logs/").split("-")[0] for name in bucket.names()]
+    assert names == ["samples", "step"] and steps_there() == []
 
 
 def test_a_run_that_an_error_ends_copies_what_it_has_saved(bucket, tmp_path):
