@@ -1,15 +1,23 @@
-"""What a checkpoint at ResNet-50 size takes from training: in the background, in the foreground.
+"""What a checkpoint at ResNet-50 size takes from training: time, and memory of the host.
 
     python tests/bench/save_pause.py
 
 A MoCo v2 run state (ResNet-50 twice, momentum, 65,536 keys) and a training step of its query
-encoder on pictures of 64 px. In each of five interleaved rounds the same steps are timed without a
-save, with one in the background and with one that the loop waits for. Prints a JSON line for each
-of the two: ``pause_s``, what the call itself took, and ``taken_s``, by how much the steps took
-longer in all, on a machine whose cores train and write; both as median and range.
+encoder on pictures of 64 px.
+
+Memory: peak resident memory of steps with saves above that of the same steps without. Prints a JSON
+line for a first save, which has the disk to itself, and one for a save after every step on a disk
+that takes longer than a step, with ``waited_s``, how long the loop waited for it, and how many
+checkpoints stand whole in the end.
+
+Time: in each of five interleaved rounds the same steps are timed without a save, with one in the
+background and with one that the loop waits for. Prints a JSON line for each of the two:
+``pause_s``, what the call itself took, and ``taken_s``, by how much the steps took longer in all,
+on a machine whose cores train and write; both as median and range.
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
+from model.checkpoint import checkpoint_folders, load_checkpoint
 from model.encoder import EncoderConfig
 from model.key_queue import KeyQueue
 from model.moco import MoCo, MoCoConfig
@@ -29,6 +38,8 @@ from model.run_state import RunState
 from model.saving import Saver
 
 ROUNDS, STEPS, BATCH, SIDE_PX = 5, 12, 8, 64
+# Of each of the eight files and folders of a checkpoint.
+SLOW_FSYNC_S, SAVES, MIB = 0.1, 8, 2**20
 
 
 def timed(train_step: Callable[[], None], save: Callable[[], None] | None) -> tuple[float, float]:
@@ -42,6 +53,45 @@ def timed(train_step: Callable[[], None], save: Callable[[], None] | None) -> tu
             pause_s = time.perf_counter() - called
         train_step()
     return pause_s, time.perf_counter() - began
+
+
+def peak_mib(work: Callable[[], None]) -> float:
+    """Peak resident memory of this process while it does something."""
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in row]
+    return int(line.split()[1]) / 1024
+
+
+def measure_memory(train_step: Callable[[], None], saver: Saver, run: Path) -> None:
+    """Of a first save, and of one after each step on a slow disk."""
+    waited_s = 0.0
+
+    def steps(every: int | None) -> None:
+        nonlocal waited_s
+        for step in range(1, SAVES + 1):
+            train_step()
+            called = time.perf_counter()
+            if every and step % every == 0:
+                saver.save(step, {})
+            waited_s += time.perf_counter() - called
+        saver.finish()
+
+    steps(None)
+    without = peak_mib(lambda: steps(None))
+    above = {"one save": peak_mib(lambda: steps(SAVES)) - without}
+    waited_s, fsync = 0.0, os.fsync
+    os.fsync = lambda handle: (time.sleep(SLOW_FSYNC_S), fsync(handle))[1]
+    above["a save after each step, slow disk"] = peak_mib(lambda: steps(1)) - without
+    os.fsync = fsync
+    folders = checkpoint_folders(run)
+    whole = sum(load_checkpoint(folder).step == step for step, folder in folders)
+    size = sum(path.stat().st_size for path in folders[0][1].iterdir())
+    for what, mib in above.items():
+        line = {"memory": what, "above_mib": round(mib, 1), "checkpoint_mib": round(size / MIB, 1)}
+        if what != "one save":
+            line |= {"waited_s": round(waited_s, 2), "saves": SAVES, "whole_checkpoints": whole}
+        print(json.dumps(line), flush=True)
 
 
 def spread(values: list[float]) -> dict[str, object]:
@@ -68,6 +118,9 @@ def main() -> None:
     train_step()
     state = RunState(moco, queue, optimizer, None)
     taken: dict[str, list[tuple[float, float]]] = {"background": [], "foreground": []}
+    with tempfile.TemporaryDirectory() as name:
+        many = Saver(state, Path(name), keep=SAVES, minutes=0, failed=print)
+        measure_memory(train_step, many, Path(name))
     with tempfile.TemporaryDirectory() as name:
         saver = Saver(state, Path(name), keep=2, minutes=0, failed=print)
         for number in range(ROUNDS + 1):
