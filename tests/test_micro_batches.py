@@ -61,7 +61,9 @@ def trained(form, micro_batch):
         dictionary.settle()
         told.append(torch.stack(found))
         optimizer.step()
-    seen = [(q.detach(), k.detach()) for pairs in seen for q, k in pairs]
+    assert len(seen) == STEPS
+    seen = [pair for pairs in seen for pair in pairs]
+    assert not any(tensor.requires_grad for pair in seen for tensor in pair)
     return {
         "loss, accuracy": told,
         "looked at": seen,

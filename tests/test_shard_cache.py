@@ -1,5 +1,6 @@
 """The cache of whole files, without a server: its account, what it removes, what it refuses."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def test_a_file_is_fetched_once_and_read_in_parts(cache_of):
     assert open_files() == before
 
 
-def test_a_file_has_its_full_size_and_its_holder_from_the_first_moment(cache_of, tmp_path):
+@pytest.mark.parametrize("allocates", [True, False])  # as Linux does, and macOS
+def test_a_file_has_its_full_size_and_its_holder_from_the_first_moment(
+    cache_of, tmp_path, monkeypatch, allocates
+):
+    if not allocates:
+        monkeypatch.delattr(os, "posix_fallocate")
     cache, seen = cache_of(100), []
 
     def download(file):
@@ -59,20 +65,41 @@ def test_a_file_has_its_full_size_and_its_holder_from_the_first_moment(cache_of,
     assert seen == [(["key.part"], 60)] and names(tmp_path) == ["key"]
 
 
-def test_the_limit_holds_to_the_byte_and_the_least_recently_used_go_first(cache_of, tmp_path):
+USES = {
+    "asked for": lambda cache: cache.holds("a"),
+    "read": lambda cache: cache.read("a", 0, 1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_limit_holds_to_the_byte_and_the_least_recently_used_go_first(cache_of, tmp_path, use):
     cache = cache_of(100)
+    (tmp_path / "folder").mkdir()  # somebody else's
     for second, (key, size) in enumerate({"a": 50, "b": 30, "c": 20}.items()):
         put(cache, key, size)
         os.utime(tmp_path / key, (0, second))
-    assert cache_of(100).holds("a")  # used again, by another process
+    assert USES[use](cache_of(100))  # by another process
     put(cache, "d", 31)
-    assert names(tmp_path) == ["a", "d"] and cache.evictions == 2
+    assert names(tmp_path) == ["a", "d", "folder"] and cache.evictions == 2
     put(cache, "e", 19)
     with pytest.raises(NoRoomError):
         put(cache, "f", 101)
-    assert names(tmp_path) == ["a", "d", "e"]  # nothing goes for a file that never fits
+    assert names(tmp_path) == ["a", "d", "e", "folder"]  # nothing goes for one that never fits
     put(cache, "g", 100)
-    assert names(tmp_path) == ["g"]
+    assert names(tmp_path) == ["folder", "g"] and (tmp_path / ".lock").exists()
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_not_there(cache_of, tmp_path, monkeypatch):
+    cache, lock = cache_of(), fcntl.flock
+    put(cache, "key", 10)
+
+    def removed_before(handle, how):
+        (tmp_path / "key").unlink(missing_ok=True)
+        lock(handle, how)
+
+    before = open_files()
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    assert cache.read("key", 0, 4) is None and open_files() == before
 
 
 def test_what_is_being_read_stays(cache_of, tmp_path):
@@ -130,6 +157,18 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(cache_of, tmp_path, 
     assert cache.evictions == 1 and names(tmp_path) == [] and open_files() == before
 
 
+def test_a_disk_that_stays_full_costs_no_more_files_than_ought_to_do(
+    cache_of, tmp_path, monkeypatch
+):
+    cache = cache_of(2000)
+    put(cache, "old", 600)
+    put(cache, "new", 600)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        put(cache, "key", 500)
+    assert len(names(tmp_path)) == 1
+
+
 def test_a_disk_that_is_full_of_old_files_takes_a_new_one(cache_of, tmp_path, monkeypatch):
     cache = cache_of()
     put(cache, "old", 300)
@@ -181,5 +220,6 @@ def test_the_folder_is_the_users_own_for_caches_where_none_is_named(monkeypatch,
     assert CacheConfig(folder=tmp_path / "here").place == tmp_path / "here"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert CacheConfig().place == tmp_path / "mocostream"
+    assert ShardCache(CacheConfig()).folder.is_dir()
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert CacheConfig().place == Path.home() / ".cache" / "mocostream"
