@@ -33,7 +33,8 @@ from eval.run_check import check, introduce, length_in_steps, require_output
 from eval.run_config import TrainConfig
 from eval.run_end import finish_together
 from eval.run_report import RunReport
-from eval.run_start import mirror_of, open_run, refuse_uncopied, say_not_saved
+from eval.run_start import mirror_of, open_run, refuse_uncopied
+from eval.save_notes import say_not_saved, say_waited
 from eval.skipped_steps import report_skipped
 from eval.step_log import StepLog
 from eval.tracking import Tracking, start_trackers
@@ -122,6 +123,7 @@ def main() -> None:
             keep=config.keep,
             minutes=config.save_minutes,
             failed=partial(say_not_saved, console),
+            waited=partial(say_waited, console),
             copies=mirror_of(config, found, console),
         )
         skipped = found.state.get("skipped_steps", 0) if found else 0

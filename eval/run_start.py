@@ -38,7 +38,7 @@ from model.checkpoint import (
     load_checkpoint,
 )
 from model.collectives import from_first, gather, rank, world_size
-from pipeline.program import DataError, InputError, explain
+from pipeline.program import DataError, InputError
 from pipeline.remote_folder import RemoteError
 from pipeline.writable_folder import AT_START, WritableFolder
 
@@ -113,18 +113,6 @@ def mirror_of(config: TrainConfig, found: Checkpoint | None, console: Console) -
     if found is not None and found.folder.parent == config.output and rank() == 0:
         mirror.take(found.folder)
     return mirror
-
-
-def say_not_saved(console: Console, step: int, error: OSError) -> None:
-    """Tell of a checkpoint that could not be written; the run goes on."""
-    console.print(
-        f"the checkpoint of step {step} could not be written ({explain(error) or error}); the "
-        "older ones stand, the run goes on and saves again when the next one is due",
-        soft_wrap=True,
-        style="yellow",
-        markup=False,
-        emoji=False,
-    )
 
 
 def refuse_uncopied(config: TrainConfig, uncopied: Path | None) -> None:

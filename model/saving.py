@@ -1,7 +1,8 @@
 """When a run saves, and that it trains on meanwhile.
 
 The training loop waits for the copy of its state to the host only. A thread writes, hashes and
-fsyncs it, outside Python's lock, and one save is over before the next one copies.
+fsyncs it, outside Python's lock, and one save is over before the next one copies: where the disk
+is slower than saves come, the loop goes at the speed of the disk, with one copy in memory.
 """
 
 import threading
@@ -13,6 +14,9 @@ from typing import Any, Protocol, Self
 
 from model.checkpoint import folder_name, save_checkpoint
 from model.run_state import RunState, Snapshot
+
+# Of waiting for the disk, after which it is said; again after ten times as much.
+TELL_AFTER_S = 1.0
 
 
 class Copies(Protocol):
@@ -43,6 +47,7 @@ class Saver:
         keep: checkpoints that stay.
         minutes: time between two saves after which ``is_wanted`` says so; 0 for never.
         failed: told of a save that could not be written, and why; called from the thread.
+        waited: told by a save, with its step, how many seconds all have waited for those before.
         copies: takes each checkpoint elsewhere, once it stands; on another rank than the first it
             is told of each, whose folder is not there.
     """
@@ -55,6 +60,7 @@ class Saver:
         keep: int,
         minutes: float,
         failed: Callable[[int, OSError], None],
+        waited: Callable[[int, float], None] = lambda *_: None,
         copies: Copies | None = None,
     ) -> None:
         self._state = state
@@ -62,6 +68,8 @@ class Saver:
         self._keep = keep
         self._minutes = minutes
         self._failed = failed
+        self._waited = waited
+        self._waited_s, self._tell_after_s = 0.0, TELL_AFTER_S
         self._copies = copies
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -94,7 +102,12 @@ class Saver:
         Raises:
             RuntimeError: if encoders or queue differ between ranks, which is a defect.
         """
+        began = time.monotonic()
         self._join()
+        self._waited_s += time.monotonic() - began
+        if self._waited_s >= self._tell_after_s:
+            self._waited(step, self._waited_s)
+            self._tell_after_s = 10 * self._waited_s
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
         snapshot = self._state.snapshot(step, identity)

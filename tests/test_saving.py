@@ -3,7 +3,9 @@
 import resource
 import signal
 import threading
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,53 @@ def test_a_save_does_not_overwrite_the_copy_of_one_that_is_being_written(
     assert saved_value(tmp_path, 1) == 1.0
     saver.finish()
     assert saved_value(tmp_path, 2) == 2.0
+
+
+def test_saves_that_come_faster_than_the_disk_writes_are_all_written_one_at_a_time(
+    state, tmp_path, monkeypatch
+):
+    write, alive = saving.save_checkpoint, []
+
+    def slow(run, step, tensors, *rest):
+        alive.append([thread.name for thread in threading.enumerate()].count("saver"))
+        time.sleep(0.02)
+        return write(run, step, tensors, *rest)
+
+    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    saver = Saver(state, tmp_path, keep=9, minutes=0, failed=pytest.fail)
+    for step in range(1, 7):
+        state.now.fill_(step)
+        saver.save(step, {})
+    saver.finish()
+    assert alive == [1] * 6
+    assert [saved_value(tmp_path, step) for step in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_waiting_for_the_disk_is_said_and_again_at_ten_times_as_much(state, tmp_path, monkeypatch):
+    now, told = [0.0], []
+
+    class ASecondToWrite:
+        """A thread that writes when it is waited for, and no sooner."""
+
+        def __init__(self, target, args, **_):
+            self.work = lambda: target(*args)
+
+        def start(self):
+            pass
+
+        def join(self):
+            now[0] += 1
+            self.work()
+
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(saving, "threading", SimpleNamespace(Thread=ASecondToWrite))
+    waited = lambda *what: told.append(what)  # noqa: E731
+    saver = Saver(state, tmp_path, keep=3, minutes=0, failed=pytest.fail, waited=waited)
+    for step in range(1, 13):
+        saver.save(step, {})
+        now[0] += 100  # between two saves the loop waits for nothing
+    saver.finish()
+    assert told == [(2, 1.0), (11, 10.0)]
 
 
 @contextmanager

@@ -391,11 +391,13 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(six_steps, shard_set, tmp
         write(path, named)
 
     monkeypatch.setattr(checkpoint, "write_tensors", no_room_at_step_2)
+    monkeypatch.setattr("model.saving.TELL_AFTER_S", 0.0)
     words = ("--data.shards", shard_set, "--output", tmp_path / "run", "--steps", "6")
     done = command(*TINY, *words, "--save-every", "1", "--keep", "9")
     assert (done.code, done.err) == (0, "")
     assert "the checkpoint of step 2 could not be written" in done.out
     assert "the disk is full" in done.out
+    assert "step 1: saves have waited 0 s so far" in done.out
     left = [step for step, _ in checkpoint.checkpoint_folders(tmp_path / "run")]
     assert left == [1, 3, 4, 5, 6]
     assert_same_checkpoint(tmp_path / "run", six_steps, 6)
