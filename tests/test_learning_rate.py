@@ -90,5 +90,6 @@ def test_a_file_with_another_batch_or_rate_counts_as_flags_do(content, lr, tmp_p
 def test_a_checkpoint_of_an_older_version_that_scaled_at_each_step_goes_on():
     config = parse_arguments(["moco-v3-300"], "").run
     before = dataclasses.replace(config, optimiser=RECIPES["moco-v3-300"].optimiser)
-    state = {"data": {"manifest_sha256": "00"}, "config": to_plain(before)}
+    data = {"manifest_sha256": "00", "samples": 8192}
+    state = {"step": 1, "data": data, "config": to_plain(before)}
     refuse_other_run(Asked(config, Path("run"), "00"), state, "step-1")
