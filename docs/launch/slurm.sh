@@ -32,11 +32,11 @@ CODE=$?
 
 # 75: stopped by a signal and saved; 138 and 143: by SIGUSR1 or SIGTERM before it had begun. Others
 # than 0, 2 (wrong input) and 130 (Ctrl-C): a process was killed, hung or lost the others; where that
-# comes soon after a start, another one does not help.
+# comes soon after a start, three more are tried.
 case $CODE in
     75 | 138 | 143) AGAIN=1 ;;
     0 | 2 | 130) AGAIN=0 ;;
-    *) AGAIN=$((SECONDS >= 600)) ;;
+    *) AGAIN=$((SECONDS >= 600 || ${SLURM_RESTART_COUNT:-0} < 3)) ;;
 esac
 if [ "$AGAIN" = 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
