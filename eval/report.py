@@ -47,18 +47,43 @@ from pipeline.torch_views import DecodeError, decode, eval_picture, normalise
 
 LISTED_BAD = 20
 BATCH = 64
-MAIN_CURVES = {
-    "loss": "loss (nats)",
-    "pretext_accuracy": "pretext accuracy",
-    "knn_top1": "kNN top-1",
-    "learning_rate": "learning rate",
-    "images_per_second": "images/s",
-    "data_wait_share": "share of time waiting for data",
-    "model_flop_utilisation": "model FLOP utilisation",
-    "gpu_memory_peak_gib": "most GPU memory (GiB)",
+# Sections of curves, and what their values are called.
+CURVES = {
+    "Curves": {
+        "loss": "loss (nats)",
+        "pretext_accuracy": "pretext accuracy",
+        "knn_top1": "kNN top-1",
+        "learning_rate": "learning rate",
+        "images_per_second": "images/s",
+        "model_flop_utilisation": "model FLOP utilisation",
+        "gpu_memory_peak_gib": "most GPU memory (GiB)",
+    },
+    "Health of the dictionary": {
+        "effective_rank": "dimensions that the keys span",
+        "positive_similarity": "similarity of a query and its key",
+        "negative_similarity": "similarity of different pictures",
+        "uniformity": "uniformity",
+        "alignment": "alignment",
+        "key_age_steps": "mean age of the keys (steps)",
+        "encoder_distance": "distance of the encoders",
+        "false_negative_share": "false negatives",
+    },
+    "Data": {
+        "data_wait_share": "time waiting for data",
+        "reader_wait_share": "reader waits for the views",
+        "engine_wait_share": "views wait for the reader",
+        "read_images_per_second": "reading, images/s",
+        "read_mib_per_second": "reading, MiB/s",
+        "views_images_per_second": "views, images/s",
+        "bad_samples": "bad samples",
+    },
 }
-# They only rise, or follow from another curve: facts at the top.
-NOT_DRAWN = {"images_seen", "training_seconds", "data_wait_share_so_far", "flops_per_second"}
+SHARES = ("_share", "_accuracy", "_top1", "_utilisation")  # shown in per cent
+# They only rise, never change, or follow from another curve; some are facts at the top.
+NOT_DRAWN = {
+    *("images_seen", "training_seconds", "data_wait_share_so_far", "flops_per_second"),
+    *("highest_rank", "chance_loss", "oldest_key_steps", "queue_filled_share", "skipped_steps"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +126,23 @@ def series_of(lines: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 def add_curves(page: Page, lines: list[dict[str, Any]]) -> None:
     """Every logged number over the steps, those of training first."""
     series = series_of(lines)
-    page.heading("Curves")
-    names = [name for name in MAIN_CURVES if name in series]
-    page.figures(curve_of(MAIN_CURVES[name], series[name]) for name in names)
-    rest = [name for name in series if name not in {*MAIN_CURVES, *NOT_DRAWN}]
-    if rest:
-        page.heading("Health of the dictionary, and what else was logged")
-        page.figures(curve_of(name.replace("_", " "), series[name]) for name in rest)
+    chance = series["chance_loss"][-1][1] if "chance_loss" in series else None
+    rest = {name: name.replace("_", " ") for name in series if name not in NOT_DRAWN}
+    for known in CURVES.values():
+        rest = {name: title for name, title in rest.items() if name not in known}
+    for heading, known in {**CURVES, "What else was logged": rest}.items():
+        names = [name for name in known if name in series]
+        if names:
+            page.heading(heading, chance_text(chance) if "loss" in names else "")
+        page.figures(
+            curve_of(
+                known[name],
+                series[name],
+                mark=chance if name == "loss" else None,
+                is_share=name.endswith(SHARES),
+            )
+            for name in names
+        )
     judged = [line for line in lines if "knn_top1" in line or "knn_error" in line]
     if judged:
         page.heading("kNN history", "of the query encoder as it was after these steps")
@@ -116,6 +151,18 @@ def add_curves(page: Page, lines: list[dict[str, Any]]) -> None:
             for line in sorted(judged, key=lambda line: float(line["step"]))
         ]
         page.table(("step", "top-1"), rows)
+
+
+def chance_text(chance: float | None) -> str:
+    """What the line in the curve of the loss is."""
+    return "" if chance is None else f"dashed: the loss of guessing, log(K + 1) = {chance:.3f}"
+
+
+def add_alarms(page: Page, lines: list[dict[str, Any]]) -> None:
+    """What the run was called sick of, each alarm as often as it was raised."""
+    for line in lines:
+        if "alarm_text" in line:
+            page.note(f"Alarm at step {line['step']:,}: {line['alarm_text']}")
 
 
 def knn_of(line: dict[str, Any]) -> str:
@@ -284,6 +331,7 @@ def write_report(config: ReportConfig) -> Path:
     page.facts(facts_of(lines, settings) | facts)
     for warning in warnings:
         page.note(warning)
+    add_alarms(page, lines)
     add_curves(page, lines)
     add_views(page, data, settings, config.pictures)
     add_neighbours(page, found, store, config)

@@ -22,14 +22,17 @@ p { margin: .2rem 0 .8rem; opacity: .8; }
 dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 0; }
 dt { font-size: .8rem; opacity: .7; } dd { margin: 0; font-size: 1.1rem; font-weight: 600; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-svg { background: #8881; border-radius: 6px; } svg text { font-size: 11px; fill: currentColor; }
+svg { background: #8881; border-radius: 6px; max-width: 100%; height: auto; }
+svg text { font-size: 11px; fill: currentColor; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; }
 td, th { text-align: left; padding: .15rem 1rem .15rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
 tr.marked td { background: var(--mark); }
 .sheet td, .sheet th { border: 0; padding: 0 .3rem .3rem 0; text-align: center; font-size: .75rem; }
 .sheet td:first-child { padding-right: 1.2rem; } .sheet img { display: block; border-radius: 3px; }
-.note { border-left: 3px solid #d80; padding-left: .6rem; }
+@media (max-width: 600px) { .figures { gap: .6rem; } td, th { padding-right: .6rem; } }
+.note { border-left: 3px solid #d80; margin-top: .8rem; padding-left: .6rem; }
 """
 
 
@@ -54,8 +57,21 @@ def thumbnail(picture: Image.Image) -> str:
     return f'<img width="{size[0]}" height="{size[1]}" alt="" src="data:image/jpeg;base64,{data}">'
 
 
-def curve_of(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """An ``svg`` of a value over the steps, with its range and its last value."""
+def curve_of(
+    title: str,
+    points: Sequence[tuple[float, float]],
+    *,
+    mark: float | None = None,
+    is_share: bool = False,
+) -> str:
+    """An ``svg`` of a value over the steps, with its range and its last value.
+
+    Args:
+        title: of the value.
+        points: steps and values.
+        mark: a value at which a dashed line is drawn, within the range then.
+        is_share: whether values are shown in per cent.
+    """
     every = -(-len(points) // MOST_POINTS)
     kept = [p for p in [*points[:-1:every], points[-1]] if math.isfinite(p[1])]
     if not kept:
@@ -63,17 +79,30 @@ def curve_of(title: str, points: Sequence[tuple[float, float]]) -> str:
     (width, height), (left, right, top, bottom) = CURVE_PX, MARGINS_PX
     xs, ys = zip(*kept, strict=True)
     x_low, x_span = min(xs), (max(xs) - min(xs)) or 1
-    y_low, y_span = min(ys), (max(ys) - min(ys)) or 1
+    reach = ys if mark is None else (*ys, mark)
+    y_low, y_span = min(reach), (max(reach) - min(reach)) or 1
+
+    def height_of(y: float) -> str:
+        return f"{height - bottom - (y - y_low) / y_span * (height - top - bottom):.1f}"
+
+    def value(y: float) -> str:
+        return f"{y:.2%}" if is_share else shown(float(y))
+
     places = " ".join(
-        f"{left + (x - x_low) / x_span * (width - left - right):.1f},"
-        f"{height - bottom - (y - y_low) / y_span * (height - top - bottom):.1f}"
+        f"{left + (x - x_low) / x_span * (width - left - right):.1f},{height_of(y)}"
         for x, y in kept
     )
     end_x, end_y = places.split()[-1].split(",")
+    line = ""
+    if mark is not None:
+        line = (
+            f'<line x1="{left}" x2="{width - right}" y1="{height_of(mark)}" y2="{height_of(mark)}"'
+            ' stroke="currentColor" stroke-dasharray="4 4" opacity=".5"/>'
+        )
     texts = [
-        (left, 16, "start", f"{title}: {shown(float(ys[-1]))}"),
-        (left - 5, top + 8, "end", shown(float(max(ys)))),
-        (left - 5, height - bottom, "end", shown(float(min(ys)))),
+        (left, 16, "start", f"{title}: {value(ys[-1])}"),
+        (left - 5, top + 8, "end", value(max(reach))),
+        (left - 5, height - bottom, "end", value(min(reach))),
         (left, height - 8, "start", f"step {x_low:,}"),
         (width - right, height - 8, "end", f"{max(xs):,}"),
     ]
@@ -82,7 +111,8 @@ def curve_of(title: str, points: Sequence[tuple[float, float]]) -> str:
         for x, y, anchor, text in texts
     )
     return (
-        f'<svg width="{width}" height="{height}" role="img">{labels}'
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">'
+        f"{labels}{line}"
         f'<polyline points="{places}" fill="none" stroke="var(--curve)" stroke-width="1.6"/>'
         f'<circle cx="{end_x}" cy="{end_y}" r="3" fill="var(--curve)"/></svg>'
     )
@@ -131,7 +161,7 @@ class Page:
             + "</tr>"
             for number, row in enumerate(rows)
         )
-        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        self._parts.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
 
     def sheet(
         self,
@@ -147,10 +177,15 @@ class Page:
             cells = zip(row, texts, strict=True)
             body += "".join(f"<td>{thumbnail(p)}{html.escape(text)}</td>" for p, text in cells)
             body = f"{body}</tr><tr>"
-        self._parts.append(f'<table class="sheet"><tr>{head}</tr><tr>{body}</tr></table>')
+        self._parts.append(
+            f'<div class="wide"><table class="sheet"><tr>{head}</tr><tr>{body}</tr></table></div>'
+        )
 
     def html(self) -> str:
         """The page."""
-        head = f'<meta charset="utf-8"><title>{self._title}</title><style>{STYLE}</style>'
+        head = (
+            '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{self._title}</title><style>{STYLE}</style>"
+        )
         body = "".join(self._parts)
         return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'

@@ -45,7 +45,8 @@ def run(tmp_path_factory, shard_set):
         for step in range(1, 7)
     ]
     lines[-1] |= {"images_seen": 96.0, "training_seconds": 3725.0, "data_wait_share_so_far": 0.25}
-    lines[-1] |= {"flops_per_second": 1.5e12}
+    lines[-1] |= {"flops_per_second": 1.5e12, "effective_rank": 5.5, "chance_loss": 3.125}
+    lines += [{"step": 3, "alarm": "collapse", "alarm_text": f"collapse: {HOSTILE}"}]
     # A score comes when it is ready, after lines of later steps.
     lines += [{"step": 5, "knn_error": "no memory"}, {"step": 4, "knn_top1": 0.625}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -64,7 +65,7 @@ def page(run):
 
 def test_the_page_has_every_part(page):
     assert re.findall("<h2>(.*?)</h2>", page) == [
-        *("Curves", "Health of the dictionary, and what else was logged", "kNN history", "Views"),
+        *("Curves", "Health of the dictionary", "What else was logged", "kNN history", "Views"),
         *("Nearest neighbours", "Settings", "Environment", "Left out"),
     ]
     assert "loss (nats): 2.4" in page and "key norm: 1" in page
@@ -72,6 +73,22 @@ def test_the_page_has_every_part(page):
     assert page.count("data:image/jpeg;base64,") == 3 * 5 + 3 * (1 + 4)
     assert "<td>packages.torch</td><td>9.8.7</td>" in page
     assert "1 bad samples, 1 steps" in page and "<td>broken</td><td>1</td>" in page
+
+
+def test_an_alarm_stands_at_the_top_and_chance_in_the_curve_of_the_loss(page):
+    before_curves = page.split("<h2>")[0]
+    assert "Alarm at step 3: collapse: &lt;script&gt;" in before_curves
+    assert "the loss of guessing, log(K + 1) = 3.125" in page
+    curves = re.findall("<svg.*?</svg>", page)
+    assert ["stroke-dasharray" in curve for curve in curves] == ["loss (nats)" in c for c in curves]
+    assert "pretext accuracy: 60.00%" in page
+
+
+def test_a_dashed_line_is_within_the_range_of_its_curve():
+    curve = curve_of("loss", [(1, 2.0), (2, 1.0)], mark=5.0)
+    heights = [float(y) for y in re.findall(r'y1="([\d.]+)"', curve)]
+    assert heights == [26.0]
+    assert ">5</text>" in curve
 
 
 def test_the_top_of_the_page_has_totals_and_the_last_step(page):
