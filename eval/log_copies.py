@@ -96,6 +96,7 @@ class LogCopies:
         self.machine = machine
         self._patience_s = patience_s
         self._full: dict[str, list[Part]] = {}
+        self._last = "", b""
 
     def copy(self, step: int, remote: WritableFolder, present: dict[str, int]) -> None:
         """Bring what is new, and list all there is as belonging to the checkpoint of a step.
@@ -112,7 +113,10 @@ class LogCopies:
         logs = {name: self._copy_log(name, remote, present) for name in self._names()}
         listed = {name: [[p.bytes, p.sha256] for p in parts] for name, parts in logs.items()}
         content = json.dumps({"version": LIST_VERSION, "logs": listed}).encode()
-        remote.write(list_name(step, self.machine.first), content)
+        name = list_name(step, self.machine.first)
+        if (name, content) != self._last or name not in present:
+            remote.write(name, content)
+        self._last = name, content
 
     def await_others(self, step: int, remote: WritableFolder) -> None:
         """Until the other machines have brought theirs, or patience is over.

@@ -68,6 +68,7 @@ class Mirror:
         self._is_last = False
         self._thread: threading.Thread | None = None
         self._failed: Path | None = None
+        self._copied: Path | None = None
         self._unlisted: frozenset[str] = frozenset()
         self._has_said_later = False
 
@@ -91,7 +92,10 @@ class Mirror:
             return frozenset(folder for folder in (self._now, self._next) if folder)
 
     def finish(self) -> None:
-        """Wait for the last copy; one that failed is tried once more."""
+        """Wait for the last copy; one that failed is tried once more.
+
+        What the run has logged since goes to that checkpoint too: a last kNN score takes long.
+        """
         with self._changed:
             self._is_last = True
             self._changed.notify_all()
@@ -102,6 +106,20 @@ class Mirror:
                 self._say(f"copying {names} to {self.url} ...")
             thread.join()
         self._is_last = False
+        if self._copied is not None and self._failed is None:
+            self._copy_last_logs(self._copied)
+
+    def _copy_last_logs(self, folder: Path) -> None:
+        remote = WritableFolder(self.url, self._policy)
+        try:
+            copy_beside(folder, remote, self._logs)
+        except (RemoteError, OSError) as error:
+            line = (
+                f"what was logged after {folder.name} could not be copied to the mirror ({error})"
+            )
+            self._say(line, style="yellow")
+        finally:
+            remote.close()
 
     def _copy_all(self) -> None:
         while True:
@@ -138,7 +156,7 @@ class Mirror:
             if self._is_first:
                 self._copy(folder, remote)
             else:
-                self._logs.copy(step_in(folder.name) or 0, remote, remote.tree())
+                copy_beside(folder, remote, self._logs)
         except (RemoteError, OSError, CheckpointError) as error:
             self._tell(folder, error)
             return isinstance(error, RemoteError)
@@ -147,6 +165,7 @@ class Mirror:
         if self._failed is not None:
             self._say(f"{self.url} serves again: it has the {self._what} of {folder.name}")
             self._failed = None
+        self._copied = folder
         return False
 
     def _tell(self, folder: Path, error: Exception) -> None:
@@ -191,13 +210,22 @@ def copy_checkpoint(folder: Path, remote: WritableFolder, logs: LogCopies) -> No
         remote.delete([last])  # of a run that went on from before it; no mixture of both
     for name, entry in files.items():
         remote.write_checked(f"{folder.name}/{name}", folder / name, entry.sha256)
-    for path in (folder.parent / name for name in BESIDE):
-        if path.exists():
-            remote.write(path.name, path.read_bytes())
-    step = step_in(folder.name) or 0
-    logs.copy(step, remote, present)
-    logs.await_others(step, remote)
+    copy_beside(folder, remote, logs)
+    logs.await_others(step_in(folder.name) or 0, remote)
     remote.write(last, manifest)
+
+
+def copy_beside(folder: Path, remote: WritableFolder, logs: LogCopies) -> None:
+    """Put what a run has logged, as belonging to this checkpoint, and its settings into a store.
+
+    Raises:
+        RemoteError, OSError: as ``copy_checkpoint``.
+    """
+    if logs.machine.first == 0:
+        for path in (folder.parent / name for name in BESIDE):
+            if path.exists():
+                remote.write(path.name, path.read_bytes())
+    logs.copy(step_in(folder.name) or 0, remote, remote.tree())
 
 
 def remove_old(remote: WritableFolder, step: int, keep: int) -> None:

@@ -166,9 +166,25 @@ def test_the_same_step_of_a_run_that_went_on_from_before_it_replaces_the_copy(tm
 def test_a_copy_that_is_there_is_not_made_again(store_proxy, tmp_path, copying):
     folder = saved(tmp_path, 2)
     copying(folder)
-    before = len(store_proxy.writes)
+    store_proxy.writes.clear()
     copying(folder)
-    assert len(store_proxy.writes) == before
+    assert not [path for path, _ in store_proxy.writes if f"/{folder.name}/" in path]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_what_is_logged_after_the_last_checkpoint_was_copied_comes_too(tmp_path):
+    said, folder = [], saved(tmp_path / "run", 2)
+    copies = mirror_for(tmp_path / "run", said)
+    copies.take(folder)
+    deadline = time.monotonic() + 60
+    while copies.in_hand() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with (tmp_path / "run/run.jsonl").open("a") as file:
+        file.write('{"step": 2, "knn_top1": 0.9}\n')
+    copies.finish()
+    remote = RemoteCheckpoints(URL, QUICK)
+    remote.fetch_beside(2, tmp_path / "new", Machine(), pytest.fail)
+    assert (tmp_path / "new/run.jsonl").read_text() == (tmp_path / "run/run.jsonl").read_text()
 
 
 class OneTensor:
