@@ -39,7 +39,7 @@ from model.checkpoint import (
 )
 from model.collectives import from_first, gather, rank, world_size
 from pipeline.program import DataError, InputError
-from pipeline.remote_folder import RemoteError
+from pipeline.remote_folder import RemoteError, RetryPolicy
 from pipeline.writable_folder import AT_START, WritableFolder
 
 T = TypeVar("T")
@@ -166,8 +166,9 @@ def share(folder: Path, asked: Asked, warn: Callable[[str], None]) -> None:
     """
     if asked.mirror is not None and folder.parent == asked.output:
         try:
+            WritableFolder(asked.mirror.url, AT_START).tree()  # one that is away gets no patience
             logs = LogCopies(asked.output, asked.machine, patience_s=0)  # they wait for this
-            copy_checkpoint(folder, WritableFolder(asked.mirror.url, AT_START), logs)
+            copy_checkpoint(folder, WritableFolder(asked.mirror.url, RetryPolicy()), logs)
         except RemoteError as error:
             warn(f"{folder} is not in {asked.mirror.url} for machines without it ({error})")
 

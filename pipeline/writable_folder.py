@@ -22,8 +22,9 @@ from pipeline.remote_folder import (
 
 PART_RETRIES = 2
 PROBE_NAME = ".can-be-written"
-# A start does not wait a minute and a half to say that a name is wrong.
-AT_START = RetryPolicy(attempts=4, connect_s=5)
+# For small requests: a start does not wait a minute and a half to say that a name is wrong, and no
+# longer than that for a server that is silent, or the other processes would give up.
+AT_START = RetryPolicy(attempts=4, connect_s=5, stalled_s=10, request_s=20)
 
 
 class WritableFolder(RemoteFolder):

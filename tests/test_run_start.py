@@ -9,6 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval.log_copies import Machine
+from eval.remote_checkpoints import RemoteCheckpoints
+from eval.run_start import share
 from eval.step_log import global_batches
 from model.checkpoint import file_sha256, load_checkpoint, write_json
 from model.stopping import RESTART_CODE
@@ -148,6 +151,21 @@ def test_a_store_that_is_away_at_the_start_does_not_keep_a_run_from_its_folder(
     store_proxy.write_fault = store_proxy.fault = lambda *_: None
     done = run_it("fresh", *SIX)
     assert (done.code, done.err) == (0, "") and "resumed after step 3" in done.out
+
+
+def test_a_checkpoint_is_brought_to_other_machines_or_it_is_said_why_not(
+    bucket, store_proxy, first_run
+):
+    mirror = RemoteCheckpoints(MIRROR)
+    asked = SimpleNamespace(output=first_run, mirror=mirror, machine=Machine(0, 1, 2))
+    said = []
+    store_proxy.write_fault = store_proxy.fault = lambda *_: ("status", 503)
+    share(first_run / "step-000000006", asked, said.append)
+    assert len(said) == 1 and "machines without it" in said[0] and "503" in said[0]
+    store_proxy.write_fault = store_proxy.fault = lambda *_: None
+    share(first_run / "step-000000006", asked, said.append)  # no machine is waited for
+    assert len(said) == 1 and bucket.read("run/step-000000006/manifest.json")
+    assert {"logs", "step-000000006"} <= {name.split("/")[1] for name in bucket.names()}
 
 
 WRONG = {
