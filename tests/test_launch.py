@@ -1,4 +1,4 @@
-"""launch.py leaves with a code that tells a scheduler what to do; two machines end together."""
+"""eval/launch.py leaves with a code that says what to do; two machines end together."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import code_of
+from eval.launch import code_of
 from model.checkpoint import load_checkpoint
 from model.stopping import LOST_CODE, RESTART_CODE
 from tests.forked_run import FLAGS, free_port
@@ -35,7 +35,7 @@ def agent(folder, script, *words, python=None, machine="", processes=2):
     """The launcher of a machine, started; ``machine`` are its flags where it is one of several."""
     flags = ["--nproc-per-node", str(processes), *machine.split()]
     return subprocess.Popen(
-        [*(python or [sys.executable]), ROOT / "launch.py", *flags, script, *words],
+        [*(python or [sys.executable]), ROOT / "eval" / "launch.py", *flags, script, *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,

@@ -121,7 +121,7 @@ def test_a_kubernetes_job_goes_on_after_an_eviction_but_not_after_a_wrong_input(
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # a policy for failures asks for it
     (container,) = pod["containers"]
-    assert container["command"][:2] == ["python", "launch.py"]
+    assert container["command"][:2] == ["python", "eval/launch.py"]
     assert "auto" in container["command"]
     shared = {mount["name"] for mount in container["volumeMounts"]}
     assert shared == {volume["name"] for volume in pod["volumes"]}

@@ -1,6 +1,6 @@
 """Start train.py on every GPU of this machine, for schedulers, and leave with its exit code.
 
-    python launch.py --nproc-per-node gpu train.py RECIPE --data.shards SHARDS --output RUN
+    python eval/launch.py --nproc-per-node gpu train.py RECIPE --data.shards SHARDS --output RUN
 
 Flags before ``train.py`` are torchrun's, whose agent this is. torchrun and `accelerate launch`
 leave with 1 whatever happened, which does not tell a scheduler a wrong input, which stays wrong,
@@ -11,12 +11,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
+
+if not __package__:  # run as a script: import from the repository root, not from eval/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from model.stopping import LOST_CODE, RESTART_CODE, exit_code
 from pipeline.program import InputError, first_line, run_program
