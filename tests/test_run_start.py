@@ -10,15 +10,21 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.log_copies import Machine
+from eval.recipes import RECIPES
 from eval.remote_checkpoints import RemoteCheckpoints
-from eval.run_start import share
+from eval.run_folder import Asked
+from eval.run_start import all_or_none, describe, share, start_here
 from eval.step_log import global_batches
-from model.checkpoint import file_sha256, load_checkpoint, write_json
+from model.checkpoint import file_sha256, load_checkpoint, save_checkpoint, write_json
+from model.collectives import rank
 from model.stopping import RESTART_CODE
+from pipeline.program import DataError, InputError
 from pipeline.remote_folder import RetryPolicy
+from tests.run_in_processes import run_in_processes
 from tests.test_train import TINY, command, logged
 
 MIRROR = "s3://bucket/run"
+QUICK = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.02, connect_s=1, stalled_s=2)
 SIX = ("--steps", "6", "--save-every", "3")
 
 
@@ -26,9 +32,8 @@ SIX = ("--steps", "6", "--save-every", "3")
 def quick(monkeypatch):
     """One thread, so that sums are the same in every run, and less patience with a server."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    policy = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.02, connect_s=1, stalled_s=2)
     for name in ("run_start.AT_START", "mirror_at_start.AT_START", "mirror.PATIENCE"):
-        monkeypatch.setattr(f"eval.{name}", policy)
+        monkeypatch.setattr(f"eval.{name}", QUICK)
     assert torch.get_num_threads() == 1
 
 
@@ -215,3 +220,83 @@ def test_a_state_that_says_nothing_of_its_run_is_no_checkpoint(bucket, run_it, f
         bucket.write(f"run/step-000000006/{path.name}", path.read_bytes())
     done = run_it("new", *SIX, "--resume")
     assert done.code == 2 and "none of the 1 checkpoints in" in done.err
+
+
+# Several machines, as far as one can tell without them -------------------------------------------
+
+
+def outcome(codes):
+    """What this process leaves ``all_or_none`` with, where these are the exit codes of errors."""
+
+    def work():
+        if code := codes[rank()]:
+            error = InputError("my own line")
+            error.exit_code = code
+            raise error
+        return rank()
+
+    try:
+        return all_or_none(torch.device("cpu"), work)
+    except InputError as error:
+        return str(error), error.exit_code
+
+
+def test_what_one_process_cannot_do_ends_all_with_its_exit_code():
+    assert run_in_processes(2, outcome, (0, 0)) == [0, 1]
+    other = "another process of this run cannot start; its own line says why"
+    ends = run_in_processes(2, outcome, (0, RESTART_CODE))
+    assert ends == [(other, RESTART_CODE), ("my own line", RESTART_CODE)]
+
+
+def saved(run, value, step=3):
+    weight = torch.full((4,), value)
+    state = {"data": {"manifest_sha256": ""}, "config": {}}
+    return load_checkpoint(save_checkpoint(run, step, {"encoder_q": {"weight": weight}}, state))
+
+
+def asked(run, mirror=None):
+    return Asked(RECIPES["demo"], run, "", mirror and RemoteCheckpoints(mirror, QUICK))
+
+
+def said(*_, **__):
+    """What is printed does not matter here."""
+
+
+def test_a_machine_goes_on_from_the_first_ones_checkpoint_and_from_no_other(tmp_path):
+    first, same, _ = (saved(tmp_path / n, v) for n, v in (("1", 1.0), ("same", 1.0), ("2", 2.0)))
+    start = json.loads(describe(first, tmp_path / "1"))
+    assert start_here(asked(tmp_path / "same"), start, said).folder == same.folder
+    for name in ("2", "nothing"):
+        with pytest.raises(DataError, match="is not the checkpoint that process 0 goes on from: "):
+            start_here(asked(tmp_path / name), start, said)
+    # One that is named with its folder is looked for there.
+    named = json.loads(describe(first, tmp_path / "2"))
+    assert start_here(asked(tmp_path / "2"), named, said).folder == first.folder
+    assert describe(None, tmp_path) == ""
+
+
+def test_machines_without_it_have_it_from_the_mirror(bucket, tmp_path):
+    first = saved(tmp_path / "1", 1.0)
+    (tmp_path / "1" / "run.jsonl").write_text("")
+    share(first.folder, asked(tmp_path / "1"), pytest.fail)
+    share(first.folder, asked(tmp_path / "2", MIRROR), pytest.fail)  # is another run's
+    assert bucket.names() == []
+    share(first.folder, asked(tmp_path / "1", MIRROR), pytest.fail)
+    assert "run/step-000000003/manifest.json" in bucket.names()
+    start = json.loads(describe(first, tmp_path / "1"))
+    saved(tmp_path / "2", 2.0)  # of the same step
+    found = start_here(asked(tmp_path / "2", MIRROR), start, said)
+    assert found.folder == tmp_path / "2" / first.folder.name
+    torch.testing.assert_close(found.tensors, first.tensors, rtol=0, atol=0)
+    with pytest.raises(DataError, match=f"{MIRROR}/step-000000003 is not the checkpoint that"):
+        start_here(asked(tmp_path / "3", MIRROR), {**start, "manifest": "another"}, said)
+    bucket.write("run/step-000000003/encoder_q.safetensors", b"")
+    with pytest.raises(DataError, match="encoder_q"):
+        start_here(asked(tmp_path / "3", MIRROR), start, said)
+
+
+def test_a_checkpoint_that_cannot_be_shared_is_said(store_proxy, tmp_path):
+    store_proxy.write_fault = lambda *_: ("status", 503)
+    told, first = [], saved(tmp_path, 1.0)
+    share(first.folder, asked(tmp_path, MIRROR), told.append)
+    assert len(told) == 1 and f"is not in {MIRROR} for machines without it" in told[0]

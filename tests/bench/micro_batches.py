@@ -9,8 +9,10 @@ alone are ``gradients_mib``, ``ratio`` of it to the whole batch's, and the loss,
 change.
 
 Speed: steps of cifar10, optimiser included, and of the smaller network of the recipe demo, whole
-and in micro-batches in turns. Prints for each ``images_per_s``, and ``ratio`` to the whole batch in
-the same round; median and quartiles.
+and in micro-batches in turns, and each as a bare loop that adds up gradients and keeps none of the
+rules. Prints for each ``images_per_s``, ``ratio`` to the whole batch in the same round, which says
+what smaller batches cost, and ``of_bare``, to the bare loop, which says what the rules cost; median
+and quartiles.
 """
 
 import json
@@ -20,11 +22,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from eval.recipes import RECIPES
+from model.info_nce import info_nce
 from model.key_queue import KeyQueue
 from model.micro_batches import MicroBatches
 from model.moco import MoCo
@@ -33,7 +37,7 @@ from model.step_memory import bytes_of
 from tests.allocated import allocated_at_most
 
 BATCH, PARTS, MIB, SIDE_PX = 64, (1, 2, 4), 2**20, 32
-ROUNDS, TURN_S = 15, 1.0
+ROUNDS, TURN_S = 9, 1.0
 
 
 class Steps:
@@ -43,8 +47,9 @@ class Steps:
         torch.manual_seed(0)
         config = RECIPES[recipe]
         self.moco = MoCo(config.encoder, config.moco, BATCH, 0, SIDE_PX, BATCH // parts)
-        queue = KeyQueue(config.moco.queue, config.encoder.dim, 0)
-        self._passes = MicroBatches(self.moco, self.moco, queue, config.moco.temperature)
+        self._parts, self._temperature = parts, config.moco.temperature
+        self._queue = KeyQueue(config.moco.queue, config.encoder.dim, 0)
+        self._passes = MicroBatches(self.moco, self.moco, self._queue, self._temperature)
         self._optimizer = make_optimiser(config.optimiser, self.moco.parameters())
         self._views = torch.randn(2, BATCH, 3, SIDE_PX, SIDE_PX)
 
@@ -52,11 +57,24 @@ class Steps:
         """Leave the gradients of a step; its loss."""
         return self._passes.run(self._views, None, 0)[0].item()
 
-    def images_per_s(self) -> float:
+    def add_up(self) -> None:
+        """Leave about the same gradients, by a bare loop."""
+        queries, keys = (view.chunk(self._parts) for view in self._views)
+        made: list[Tensor] = []
+        with torch.no_grad():
+            self.moco.move_key_encoder()
+            made += [self.moco.encoder_k(key_M3HW) for key_M3HW in keys]
+        for query_M3HW, key_MD in zip(queries, made, strict=True):
+            query_MD = self.moco.encoder_q(query_M3HW)
+            loss = info_nce(query_MD, key_MD, self._queue.rows_KD, self._temperature)
+            (loss / self._parts).backward()
+        self._queue.push(torch.cat(made))
+
+    def images_per_s(self, *, bare: bool) -> float:
         """Speed of as many whole steps as fit into a turn, at least one."""
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < TURN_S:
-            self.pass_both_ways()
+            (self.add_up if bare else self.pass_both_ways)()
             self._optimizer.step()
             self._optimizer.zero_grad()
             count += 1
@@ -81,19 +99,23 @@ def spread(values: list[float], digits: int) -> dict[str, object]:
 
 
 def measure_speed(recipe: str) -> None:
-    """Whole and cut in turns, in another order in each round."""
-    ways = {parts: Steps(recipe, parts) for parts in PARTS}
-    found: dict[int, list[float]] = {parts: [] for parts in PARTS}
+    """Whole and cut, ours and bare, in turns; in another order in each round."""
+    steps = {parts: Steps(recipe, parts) for parts in PARTS}
+    ways = [(parts, bare) for parts in PARTS for bare in (False, True)]
+    found: dict[tuple[int, bool], list[float]] = {way: [] for way in ways}
     for number in range(ROUNDS + 1):
-        for place in range(len(PARTS)):
-            parts = PARTS[(number + place) % len(PARTS)]
-            speed = ways[parts].images_per_s()
+        for place in range(len(ways)):
+            parts, bare = ways[(number + place) % len(ways)]
+            speed = steps[parts].images_per_s(bare=bare)
             if number:  # the first round warms up
-                found[parts].append(speed)
-    for parts, speeds in found.items():
-        ratios = [cut / whole for cut, whole in zip(speeds, found[1], strict=True)]
-        line = {"recipe": recipe, "micro_batches": parts, "images_per_s": spread(speeds, 1)}
-        print(json.dumps({**line, "ratio": spread(ratios, 3)}), flush=True)
+                found[parts, bare].append(speed)
+    for parts in PARTS:
+        line: dict[str, object] = {"recipe": recipe, "micro_batches": parts}
+        line["images_per_s"] = spread(found[parts, False], 1)
+        for name, other in (("ratio", (1, False)), ("of_bare", (parts, True))):
+            pairs = zip(found[parts, False], found[other], strict=True)
+            line[name] = spread([mine / its for mine, its in pairs], 3)
+        print(json.dumps(line), flush=True)
 
 
 def main() -> None:
