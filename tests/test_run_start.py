@@ -293,10 +293,3 @@ def test_machines_without_it_have_it_from_the_mirror(bucket, tmp_path):
     bucket.write("run/step-000000003/encoder_q.safetensors", b"")
     with pytest.raises(DataError, match="encoder_q"):
         start_here(asked(tmp_path / "3", MIRROR), start, said)
-
-
-def test_a_checkpoint_that_cannot_be_shared_is_said(store_proxy, tmp_path):
-    store_proxy.write_fault = lambda *_: ("status", 503)
-    told, first = [], saved(tmp_path, 1.0)
-    share(first.folder, asked(tmp_path, MIRROR), told.append)
-    assert len(told) == 1 and f"is not in {MIRROR} for machines without it" in told[0]
