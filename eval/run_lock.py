@@ -2,15 +2,13 @@
 
 import errno
 import fcntl
+import os
 from pathlib import Path
-from typing import IO
 
 from model.stopping import RESTART_CODE
 from pipeline.program import InputError
 
 LOCK_NAME = ".lock"
-# For the life of the process, from which the system takes its locks however it ends.
-_held: list[IO[str]] = []
 
 
 def hold(output: Path, *, is_restart: bool) -> None:
@@ -27,13 +25,14 @@ def hold(output: Path, *, is_restart: bool) -> None:
     Raises:
         InputError: if a run of another process holds it.
     """
-    file = (output / LOCK_NAME).open("a")
-    _held.append(file)
+    # Open for the life of the process, from which the system takes its locks however it ends.
+    descriptor = os.open(output / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, and known to NFS
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, known to NFS
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
+        os.close(descriptor)
         taken = InputError(
             f"another run is going on in {output}: wait for its end, or choose another --output"
         )
