@@ -10,6 +10,7 @@ from a run that was evicted. They die of SIGUSR1, too, and give the processes 30
 import os
 import signal
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, run
 
 if not __package__:  # run as a script: import from the repository root, not from eval/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,7 +34,10 @@ def main() -> None:
     """One start of the processes of this machine."""
     # Of torch 2.15; older ones give 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
-    given = parse_args(sys.argv[1:])
+    parser = get_args_parser()
+    parser.description = __doc__
+    parser.formatter_class = RawDescriptionHelpFormatter
+    given = parser.parse_args()
     # The agent stops its processes when it ends; once it has any it handles SIGTERM itself.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(RESTART_CODE))
