@@ -180,7 +180,8 @@ class Mirror:
     def _copy(self, folder: Path, remote: WritableFolder) -> None:
         step = step_in(folder.name) or 0
         copy_checkpoint(folder, remote, self._logs)
-        steps = complete_steps(remote.tree())
+        sizes = remote.tree()
+        steps = complete_steps(sizes)
         if steps[-1:] > [step] and not self._has_said_later:
             self._has_said_later = True
             self._say(
@@ -188,7 +189,7 @@ class Mirror:
                 "if another machine has taken this run further, stop, and --resume goes on there",
                 style="yellow",
             )
-        remove_old(remote, step, self._keep)
+        remove_old(remote, sizes, step, self._keep)
         kept = complete_steps(remote.tree())
         self._unlisted = remove_old_logs(remote, step, kept, self._unlisted)
 
@@ -228,15 +229,20 @@ def copy_beside(folder: Path, remote: WritableFolder, logs: LogCopies) -> None:
     logs.copy(step_in(folder.name) or 0, remote, remote.tree())
 
 
-def remove_old(remote: WritableFolder, step: int, keep: int) -> None:
+def remove_old(remote: WritableFolder, sizes: dict[str, int], step: int, keep: int) -> None:
     """Take away the copies beyond ``keep`` and what uploads that were killed have left.
 
     Later ones than ``step`` stay: they are damaged, or it would have been resumed from them.
 
+    Args:
+        remote: the mirror.
+        sizes: what is there.
+        step: of the newest copy of this run.
+        keep: copies that stay.
+
     Raises:
         RemoteError: if that is refused.
     """
-    sizes = remote.tree()
     kept = [done for done in complete_steps(sizes) if done <= step][-keep:]
     old = [name for name in sizes if is_old(name, step, kept)]
     is_manifest = [name.endswith(MANIFEST_NAME) for name in old]
