@@ -16,7 +16,7 @@ from pipeline.writable_folder import AT_START, not_writable, try_writing
 
 
 @dataclass(frozen=True)
-class Copies:
+class CopiesSeen:
     """The copies of a run's checkpoints, as far as its start can see them."""
 
     steps: tuple[int, ...] = ()
@@ -27,7 +27,7 @@ class Copies:
 
 def copies_at_start(
     url: str, output: Path, say: Callable[..., None], *, has_local: bool, is_to_go_on: bool
-) -> Copies:
+) -> CopiesSeen:
     """Which copies there are, after a look whether more can be written.
 
     Args:
@@ -49,11 +49,11 @@ def copies_at_start(
             raise not_writable(url, "--mirror", error) from error
         refused = error
     if isinstance(refused, DownError):
-        copies = Copies(away=StoreAwayError(f"{url} does not serve ({refused})"))
+        copies = CopiesSeen(away=StoreAwayError(f"{url} does not serve ({refused})"))
     else:
         copies = listed(url)
         if copies.away and refused:  # it answers, and would say no again
-            copies = Copies(away=InputError(str(copies.away)))
+            copies = CopiesSeen(away=InputError(str(copies.away)))
     if copies.away and not (has_local and is_to_go_on):
         raise nothing_to_go_on_from(copies.away, output) if is_to_go_on else copies.away
     if refused is not None and not (has_local or copies.steps):
@@ -67,12 +67,12 @@ def copies_at_start(
     return copies
 
 
-def listed(url: str) -> Copies:
+def listed(url: str) -> CopiesSeen:
     """The copies, or why they cannot be listed."""
     try:
-        return Copies(tuple(RemoteCheckpoints(url, AT_START).steps()))
+        return CopiesSeen(tuple(RemoteCheckpoints(url, AT_START).steps()))
     except InputError as error:
-        return Copies(away=error)
+        return CopiesSeen(away=error)
 
 
 def nothing_to_go_on_from(away: InputError, output: Path) -> InputError:

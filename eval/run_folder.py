@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.environment import environment
 from eval.log_copies import Machine
-from eval.mirror_at_start import Copies, copies_at_start, nothing_to_go_on_from
+from eval.mirror_at_start import CopiesSeen, copies_at_start, nothing_to_go_on_from
 from eval.remote_checkpoints import RemoteCheckpoints
 from eval.run_config import MAY_CHANGE, TrainConfig
 from eval.run_report import LOG_NAME, trim_log
@@ -73,7 +73,7 @@ def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
     """
     output, resume = asked.output, asked.config.resume
     has_local, wanted = bool(checkpoint_folders(output)), resume is not None or is_restart()
-    copies = Copies()
+    copies = CopiesSeen()
     if asked.mirror:
         url = asked.mirror.url
         copies = copies_at_start(url, output, say, has_local=has_local, is_to_go_on=wanted)
@@ -101,7 +101,7 @@ def find_start(asked: Asked, say: Callable[..., None]) -> Checkpoint | None:
     return found
 
 
-def newest_of(asked: Asked, copies: Copies, say: Callable[..., None]) -> Checkpoint:
+def newest_of(asked: Asked, copies: CopiesSeen, say: Callable[..., None]) -> Checkpoint:
     """The newest intact checkpoint of a run, in its folder or, where it is not there, its mirror.
 
     Raises:
@@ -159,7 +159,9 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
 
 
-def checkpoint_at(place: str, asked: Asked, copies: Copies, say: Callable[..., None]) -> Checkpoint:
+def checkpoint_at(
+    place: str, asked: Asked, copies: CopiesSeen, say: Callable[..., None]
+) -> Checkpoint:
     """The checkpoint in ``place``, or the newest intact one of the run in ``place``.
 
     Raises:
@@ -183,7 +185,7 @@ def checkpoint_at(place: str, asked: Asked, copies: Copies, say: Callable[..., N
 
 
 def checkpoint_below(
-    url: Path | str, asked: Asked, copies: Copies, say: Callable[..., None]
+    url: Path | str, asked: Asked, copies: CopiesSeen, say: Callable[..., None]
 ) -> Checkpoint:
     """Likewise for a URL; it is fetched into the folder of the run.
 
@@ -218,7 +220,7 @@ def source_of(asked: Asked) -> RemoteCheckpoints | None:
     return below(str(as_location(resume)))[0] if resume and is_url(resume) else asked.mirror
 
 
-def refuse_before_later(place: str, step: int, asked: Asked, copies: Copies) -> None:
+def refuse_before_later(place: str, step: int, asked: Asked, copies: CopiesSeen) -> None:
     """See that a run holds no later checkpoints than the one that it is to go on from.
 
     Raises:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from eval.mirror_at_start import Copies, copies_at_start
+from eval.mirror_at_start import CopiesSeen, copies_at_start
 from model.stopping import RESTART_CODE
 from pipeline.program import InputError
 from pipeline.remote_folder import RetryPolicy
@@ -86,7 +86,7 @@ def test_a_store_that_cannot_be_written_is_read_all_the_same(start, bucket, stor
         start(has_local=False, is_to_go_on=True)
     bucket.write("run/step-000000003/manifest.json", b"{}")
     copies, [(_, line)] = start(has_local=False, is_to_go_on=True)
-    assert copies == Copies((3,)) and "cannot be written" in line and "goes on" in line
+    assert copies == CopiesSeen((3,)) and "cannot be written" in line and "goes on" in line
 
 
 @pytest.mark.usefixtures("bucket")
