@@ -23,6 +23,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import from_url
 
 from pipeline.location import http_form
+from pipeline.program import first_line
 
 T = TypeVar("T")
 PART_BYTES = 8 << 20
@@ -297,7 +298,7 @@ class RemoteFolder:
             except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
                 is_gone = isinstance(error, FileNotFoundError)
                 kind = DamagedError if is_gone else RefusedError
-                raise kind(f"{self.url}/{name}: {_first_line(error)}") from error
+                raise kind(f"{self.url}/{name}: {_reason(error)}") from error
             except (BaseError, RemoteError) as error:
                 problem = error
             else:
@@ -312,7 +313,7 @@ class RemoteFolder:
             raise RefusedError("closed") from problem
         is_damaged = isinstance(problem, _OtherBytesError)
         self._is_down = not is_damaged
-        reason = str(problem) if isinstance(problem, RemoteError) else _first_line(problem)
+        reason = str(problem) if isinstance(problem, RemoteError) else _reason(problem)
         refusal = DamagedError if is_damaged else DownError
         raise refusal(f"{reason} (tried {attempts} times)") from problem
 
@@ -329,11 +330,11 @@ class _OtherBytesError(RemoteError):
     """The server serves, but not the bytes that were asked for."""
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    if any(place in lines[0] for place in MACHINES_OWN_CREDENTIALS):
+def _reason(error: Exception) -> str:
+    line = first_line(error)
+    if any(place in line for place in MACHINES_OWN_CREDENTIALS):
         return "no credentials: neither the environment nor this machine's own service has any"
-    return lines[0]
+    return line
 
 
 def _sha256(handle: int, size: int) -> str:
