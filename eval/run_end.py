@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from model.collectives import is_distributed
 from model.stopping import Agreement
-from pipeline.program import InputError
+from pipeline.program import InputError, exit_code_of
 
 POLL_S = 0.05
 
@@ -35,13 +35,14 @@ def finish_together(agreement: Agreement, work: Callable[[], None]) -> None:
         while True:
             is_done = future.done()
             error = future.exception() if is_done else None
-            code = getattr(error, "exit_code", InputError.exit_code) if error else 0
+            code = exit_code_of(error) if error else 0
             goes_on, worst = agreement.on(not is_done, code)
             if not goes_on:
                 break
             time.sleep(POLL_S)
     future.result()
     if worst:
-        other = InputError("the last work of another process of this run failed; its line says why")
-        other.exit_code = worst
-        raise other
+        raise InputError(
+            "the last work of another process of this run failed; its line says why",
+            exit_code=worst,
+        )

@@ -33,9 +33,7 @@ def hold(output: Path, *, is_restart: bool) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
         os.close(descriptor)
-        taken = InputError(
-            f"another run is going on in {output}: wait for its end, or choose another --output"
-        )
-        if is_restart:
-            taken.exit_code = RESTART_CODE
-        raise taken from error
+        raise InputError(
+            f"another run is going on in {output}: wait for its end, or choose another --output",
+            exit_code=RESTART_CODE if is_restart else None,
+        ) from error

@@ -38,7 +38,7 @@ from model.checkpoint import (
     load_checkpoint,
 )
 from model.collectives import from_first, gather, rank, world_size
-from pipeline.program import DataError, InputError
+from pipeline.program import DataError, InputError, exit_code_of
 from pipeline.remote_folder import RemoteError, RetryPolicy
 from pipeline.writable_folder import AT_START, WritableFolder
 
@@ -142,14 +142,15 @@ def all_or_none(device: torch.device, work: Callable[[], T] | None) -> T | None:
     try:
         result = work() if work else None
     except (InputError, CheckpointError, OSError) as error:
-        problem, code = error, getattr(error, "exit_code", InputError.exit_code)
+        problem, code = error, exit_code_of(error)
     codes_W = gather(torch.tensor([code], dtype=torch.uint8, device=device))
     if problem is not None:
         raise problem
     if codes_W.any():
-        other = InputError("another process of this run cannot start; its own line says why")
-        other.exit_code = int(codes_W.max())
-        raise other
+        raise InputError(
+            "another process of this run cannot start; its own line says why",
+            exit_code=int(codes_W.max()),
+        )
     return result
 
 
@@ -214,6 +215,4 @@ def start_here(asked: Asked, start: dict[str, Any], say: Callable[..., None]) ->
         along = along_with(remote, step, asked, say)
         return load_checkpoint(remote.fetch(head, asked.output, along))
     except (CheckpointError, InputError) as error:
-        own = DataError(str(error))
-        own.exit_code = getattr(error, "exit_code", own.exit_code)
-        raise own from error
+        raise DataError(str(error), exit_code=exit_code_of(error)) from error

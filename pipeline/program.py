@@ -27,9 +27,19 @@ WAYS_OUT = {
 
 
 class InputError(ValueError):
-    """Something a person can put right: the message names it, its value and the way out."""
+    """Something a person can put right: the message names it, its value and the way out.
+
+    Args:
+        message: one line.
+        exit_code: that the program leaves with, where it is not that of the class.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "", *, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class DataError(InputError):
@@ -64,6 +74,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The code that a program leaves with at an error of a person's."""
+    return error.exit_code if isinstance(error, InputError) else InputError.exit_code
+
+
 def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], ...] = ()) -> None:
     """Run ``main`` and leave with the code that a shell script can rely on.
 
@@ -92,4 +107,4 @@ def run_program(main: Callable[[], None], input_errors: tuple[type[Exception], .
             place = f"[rank {rank}] " if rank else ""
             text = f"{place}error: {line}"
             error_console().print(text, style="red", markup=False, emoji=False)
-        sys.exit(error.exit_code if isinstance(error, InputError) else InputError.exit_code)
+        sys.exit(exit_code_of(error))
